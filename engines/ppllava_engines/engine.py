@@ -1,0 +1,99 @@
+"""One graph that can be run: name → array in, name → array out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppllava_engines.bundle import GraphSpec, TensorSpec
+from ppllava_engines.errors import DataError, UnavailableError
+
+
+class Engine(Protocol):
+    """A graph on a device."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes, in the graph's order."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives back, in the graph's order."""
+        ...
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every output by name, for exactly the inputs that `inputs` names.
+
+        Nothing is cast: an array has the dtype its TensorSpec states.
+
+        Raises:
+            DataError: A missing or unknown input, another dtype, rank or fixed dimension, or two
+                sizes for one dynamic axis.
+            InternalError: The backend failed on valid inputs.
+        """
+        ...
+
+
+def open_engine(
+    path: Path, spec: GraphSpec, device: str = "cpu", threads: int | None = None
+) -> Engine:
+    """The engine of one graph file.
+
+    Args:
+        path: The graph's file on this machine.
+        spec: What the manifest says of it; the file must agree.
+        device: "cpu".
+        threads: Threads that work on one operator; None is one per core this process may use.
+
+    Raises:
+        DataError: The file is not a graph, or not the one that `spec` describes.
+        NotFoundError: There is no such file.
+        UnavailableError: The device, or the package for it, is missing.
+        UsageError: `threads` is not positive.
+    """
+    if device != "cpu":
+        raise UnavailableError(f"no engine for device {device!r}: this release runs on 'cpu'")
+    # Imported where it is used: reading a manifest needs no backend, and loading one takes time.
+    from ppllava_engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(path, spec, threads)
+
+
+def check_feeds(
+    graph: str, inputs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]
+) -> None:
+    """Nothing, when `feeds` is exactly what `inputs` asks for.
+
+    Raises:
+        DataError: What differs, in one sentence that starts with `graph`.
+    """
+    names = [spec.name for spec in inputs]
+    missing = [name for name in names if name not in feeds]
+    unknown = [name for name in feeds if name not in names]
+    if missing or unknown:
+        raise DataError(
+            f"{graph}: missing inputs {missing}, unknown inputs {unknown}, expected {names}"
+        )
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec in inputs:
+        array = feeds[spec.name]
+        if not isinstance(array, np.ndarray):
+            raise DataError(
+                f"{graph}: input {spec.name} is a {type(array).__name__}, expected {spec}"
+            )
+        if not spec.accepts(array):
+            got = TensorSpec.of(spec.name, array)
+            raise DataError(f"{graph}: input {spec.name} is {got}, expected {spec}")
+        for axis, size in zip(spec.shape, array.shape, strict=True):
+            if isinstance(axis, str):
+                first_size, first_name = sizes.setdefault(axis, (size, spec.name))
+                if size != first_size:
+                    raise DataError(
+                        f"{graph}: axis {axis} is {first_size} in {first_name} but {size} in "
+                        f"{spec.name}, expected one size"
+                    )

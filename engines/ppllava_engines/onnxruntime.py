@@ -1,0 +1,132 @@
+"""The ONNX Runtime backend: sessions on the CPU, whose idle threads sleep."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ppllava_engines.bundle import GraphSpec, TensorSpec
+from ppllava_engines.engine import check_feeds
+from ppllava_engines.errors import DataError, InternalError, NotFoundError, UsageError
+
+_NUMPY_NAMES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+_FATAL_ONLY = 4  # failures reach the caller as exceptions; ORT need not print them as well
+
+
+def open_session(path: Path, threads: int | None = None) -> ort.InferenceSession:
+    """An ONNX Runtime session for the graph at `path`, on the CPU.
+
+    A graph typed float16 runs as well: where the CPU has no float16 kernel, ORT inserts casts.
+
+    Args:
+        path: An ONNX file, with its external data beside it.
+        threads: Threads that work on one operator; None is one per core this process may use.
+
+    Raises:
+        DataError: The file is not a graph that ORT can load.
+        NotFoundError: There is no such file.
+        UsageError: `threads` is not positive.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, expected 1 or more")
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such graph file")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    # By default idle threads spin, and those of several sessions then spin against each other and
+    # against the video decoder: 2 to 3 times slower steps once a core is busy. ORT's process-wide
+    # pool cures the first but cannot be told not to spin from Python; without spinning a decoder
+    # step on an idle machine loses some 5 %, a pair of sessions nothing, at half the CPU time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = _FATAL_ONLY
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's exceptions share no base class
+        raise DataError(
+            f"{path}: ONNX Runtime cannot load this graph, export it again: {error}"
+        ) from error
+
+
+class OnnxRuntimeEngine:
+    """An Engine on ONNX Runtime.
+
+    Args:
+        path: The graph's file.
+        spec: What the manifest says of it.
+        threads: As in `open_session`.
+
+    Raises:
+        DataError: The file is no graph, or its inputs and outputs are not those of `spec`.
+        NotFoundError, UsageError: As in `open_session`.
+    """
+
+    def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None) -> None:
+        self._name = path.stem
+        self._spec = spec
+        self._session = open_session(path, threads)
+        for what, nodes, specs in (
+            ("inputs", self._session.get_inputs(), spec.inputs),
+            ("outputs", self._session.get_outputs(), spec.outputs),
+        ):
+            found = {node.name: _tensor_spec(node) for node in nodes}
+            if len(found) != len(specs) or not all(
+                spec.name in found and _agree(found[spec.name], spec) for spec in specs
+            ):
+                raise DataError(
+                    f"{path}: the graph's {what} are {_listed(found.values())}, but the manifest "
+                    f"says {_listed(specs)}: export it again"
+                )
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives back."""
+        return self._spec.outputs
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every output by name; see `Engine.run`."""
+        check_feeds(self._name, self._spec.inputs, feeds)
+        names = [spec.name for spec in self._spec.outputs]
+        try:
+            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except Exception as error:
+            raise InternalError(f"{self._name}: ONNX Runtime failed: {error}") from error
+
+
+def _tensor_spec(node: ort.NodeArg) -> TensorSpec:
+    shape = tuple(axis if isinstance(axis, int | str) else "?" for axis in node.shape)
+    return TensorSpec(node.name, _NUMPY_NAMES.get(node.type, node.type), shape)
+
+
+def _agree(found: TensorSpec, spec: TensorSpec) -> bool:
+    """Whether a graph's tensor can be what the manifest says; a dynamic axis agrees with any."""
+    return (
+        found.dtype == spec.dtype
+        and len(found.shape) == len(spec.shape)
+        and all(
+            a == b
+            for a, b in zip(found.shape, spec.shape, strict=True)
+            if isinstance(a, int) and isinstance(b, int)
+        )
+    )
+
+
+def _listed(specs: Iterable[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec}" for spec in specs)

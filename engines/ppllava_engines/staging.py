@@ -1,0 +1,154 @@
+"""Making a folder so that others see all of it or none of it, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ppllava_engines.errors import StorageError, UsageError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+@contextmanager
+def replaced_folder(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+    """An empty staging folder beside `out`, which takes its place when the block ends well.
+
+    Args:
+        out: The folder to make.
+        overwrite: Whether a folder that is there may be replaced.
+        mark: A file that such a folder has; one without it is someone else's and stays.
+
+    Raises:
+        StorageError: Making, syncing or moving a folder failed.
+        UsageError: `out` is there and may not be replaced.
+    """
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clean(out)
+        _check_replaceable(out, overwrite, mark)
+        staging, lock = _new_staging(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot make a folder beside it: {error}") from error
+    try:
+        yield staging
+        try:
+            _sync(staging)
+            _check_replaceable(out, overwrite, mark)
+            _put_in_place(staging, out)
+        except OSError as error:
+            raise StorageError(f"{out}: cannot put the new folder in place: {error}") from error
+    finally:
+        # What is here now is the unfinished folder, or the old one that was swapped out.
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def _check_replaceable(out: Path, overwrite: bool, mark: str) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / mark).is_file():
+        raise UsageError(f"{out} is there and has no {mark}, so it is not replaced: choose another")
+    if not overwrite:
+        raise UsageError(f"{out} is there already: choose another, or ask to overwrite it")
+
+
+def _new_staging(out: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock.
+
+    The lock is the kernel's and ends with the process, however it ends, so a folder that can be
+    locked is one that nobody works on. No process ids, which are reused.
+    """
+    while True:
+        staging = _staging_prefix(out).with_name(
+            f"{_staging_prefix(out).name}{secrets.token_hex(4)}"
+        )
+        staging.mkdir()
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if staging.is_dir():  # another process may have cleaned it before it was locked
+            return staging, lock
+        os.close(lock)
+
+
+def _staging_prefix(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial-")
+
+
+def _displaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.previous")
+
+
+def _clean(out: Path) -> None:
+    """Puts back or removes what a process that was killed left beside `out`."""
+    displaced = _displaced(out)
+    if displaced.exists():
+        if out.exists():
+            shutil.rmtree(displaced)
+        else:
+            displaced.rename(out)
+    prefix = _staging_prefix(out).name
+    for stale in [path for path in out.parent.iterdir() if path.name.startswith(prefix)]:
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale)
+            finally:
+                os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    """Returns when everything below `folder` is on the disk."""
+    for parent, _, files in os.walk(folder):
+        for path in [*(Path(parent, name) for name in files), Path(parent)]:
+            _sync_one(path)
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    """Moves `staging` to `out`; what was there is afterwards at `staging`, or gone."""
+    if not out.exists() or not any(out.iterdir()):
+        staging.rename(out)
+    elif not _exchange(staging, out):
+        # This file system cannot swap two folders in one step: `_clean` mends it when the process
+        # is killed between these.
+        displaced = _displaced(out)
+        out.rename(displaced)
+        try:
+            staging.rename(out)
+        except OSError:
+            displaced.rename(out)
+            raise
+        displaced.rename(staging)
+    _sync_one(out.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Whether the two folders were swapped in one step; False where that cannot be done."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        if code in _NO_EXCHANGE:
+            return False
+        raise OSError(code, os.strerror(code), str(second))
+    return True
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

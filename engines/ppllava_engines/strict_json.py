@@ -1,0 +1,112 @@
+"""JSON ↔ frozen dataclasses, where every surprise is an error that names its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ppllava_engines.errors import DataError
+
+T = TypeVar("T")
+
+
+def loads(text: str, source: str) -> Any:
+    """The JSON value of `text`.
+
+    Raises:
+        DataError: Not JSON, a key given twice in one object, NaN or an infinity; names `source`.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise DataError(f"{source}: key {', '.join(map(repr, twice))} is given more than once")
+        return value
+
+    def finite(constant: str) -> NoReturn:
+        raise DataError(f"{source}: {constant} is not a number that JSON allows")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: not valid JSON: {error}") from error
+
+
+def dumps(value: Any) -> str:
+    """The JSON text of a dataclass: indented, keys in declared order, a newline at the end."""
+    return (
+        json.dumps(dataclasses.asdict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """`value`, as parsed from JSON, as a `kind`.
+
+    `kind` is a dataclass whose fields are, at any depth, dataclasses, str, int, float, bool,
+    tuple[X, ...], tuple[X, Y], dict[str, X] or a union of simple ones. All keys are required and no
+    others are allowed. An int passes for a float; nothing else is converted.
+
+    Raises:
+        DataError: A missing or unknown key or a value of another type; names its place below
+            `where`.
+    """
+    decoded: T = _decode(kind, value, where)
+    return decoded
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _decode_object(kind, value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is dict:
+        _expect(dict, value, where, "an object")
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple:
+        _expect(list, value, where, "a list")
+        if arguments[1:] == (...,):
+            arguments = arguments[:1] * len(value)
+        if len(value) != len(arguments):
+            raise DataError(f"{where} has {len(value)} items, expected {len(arguments)}")
+        pairs = zip(arguments, value, strict=True)
+        return tuple(_decode(part, item, f"{where}[{i}]") for i, (part, item) in enumerate(pairs))
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            if type(value) is option:
+                return value
+        names = " or ".join(option.__name__ for option in arguments)
+        raise DataError(f"{where} is {_shown(value)}, expected {names}")
+    if kind is float and type(value) is int:
+        return float(value)
+    _expect(kind, value, where, kind.__name__)
+    return value
+
+
+def _decode_object(kind: Any, value: Any, where: str) -> Any:
+    _expect(dict, value, where, "an object")
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    missing = [name for name in names if name not in value]
+    unknown = [name for name in value if name not in names]
+    if missing or unknown:
+        found = [
+            f"{what} {', '.join(map(repr, keys))}"
+            for what, keys in (("misses", missing), ("has unknown", unknown))
+            if keys
+        ]
+        raise DataError(f"{where} {' and '.join(found)}")
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+
+
+def _expect(kind: type, value: Any, where: str, expected: str) -> None:
+    # type() and not isinstance: True must not pass for an int.
+    if type(value) is not kind:
+        raise DataError(f"{where} is {_shown(value)}, expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,93 @@
+"""The CLIP text tower with its context extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import TextConfig
+from .encoder import Encoder
+
+KEPT_POSITIONS = 20
+_LEGACY_EOS = 2
+
+
+def extend_positions(table: Tensor) -> Tensor:
+    """Returns a position table of 4n - 3*20 rows for one of n rows (77 -> 248).
+
+    The first 20 rows stay, because short prompts have trained them well; three rows are
+    interpolated between each later pair, and three extrapolated after the last
+    (arXiv 2411.02327, CLIP context extension).
+
+    Args:
+        table: Position embeddings (n, width), n > 20.
+
+    Raises:
+        ValueError: The table has 20 rows or fewer.
+    """
+    if table.shape[0] <= KEPT_POSITIONS:
+        raise ValueError(f"got {table.shape[0]} positions, expected more than {KEPT_POSITIONS}")
+    tail = table[KEPT_POSITIONS:]
+    steps = torch.diff(tail, dim=0)
+    steps = torch.cat([steps, tail[-1:] - table[-2:-1]])
+    quarters = torch.arange(4, dtype=table.dtype, device=table.device) / 4
+    extended = tail[:, None] + quarters[:, None] * steps[:, None]
+    return torch.cat([table[:KEPT_POSITIONS], extended.flatten(0, 1)])
+
+
+class TextEmbeddings(nn.Module):
+    """Token and position embeddings; an extended tower holds two position tables."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        width = config.encoder.hidden_size
+        self.extended = config.extended
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        if config.extended:
+            self.position_embedding = nn.Parameter(torch.zeros(config.positions, width))
+            self.position_embedding_res = nn.Parameter(torch.zeros(config.positions, width))
+        else:
+            self.position_embedding = nn.Embedding(config.positions, width)
+
+    def positions(self) -> Tensor:
+        """Returns the position table (positions, width) in use."""
+        if not self.extended:
+            return self.position_embedding.weight
+        return torch.cat(
+            [
+                self.position_embedding[:KEPT_POSITIONS],
+                self.position_embedding_res[KEPT_POSITIONS:],
+            ]
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Returns embeddings (batch, n, width) of ids (batch, n)."""
+        return self.token_embedding(input_ids) + self.positions()[: input_ids.shape[1]]
+
+
+class ClipTextTower(nn.Module):
+    """CLIP's causal text transformer, pooled at the end-of-text token."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config.encoder, config.encoder.num_hidden_layers)
+        self.final_layer_norm = nn.LayerNorm(
+            config.encoder.hidden_size, eps=config.encoder.layer_norm_eps
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Returns the pooled output (batch, width).
+
+        Attention is causal, so ids after the first end-of-text token change nothing.
+
+        Args:
+            input_ids: Ids (batch, n), n at most the number of positions.
+        """
+        hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids), causal=True))
+        if self.eos_token_id == _LEGACY_EOS:  # OpenAI's configs: end-of-text is the highest id
+            at = input_ids.argmax(dim=-1)
+        else:
+            at = (input_ids == self.eos_token_id).to(torch.int32).argmax(dim=-1)
+        return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)

@@ -1,0 +1,202 @@
+"""An answer as it comes: pieces of text, the relevance map behind it, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppllava_runtime.memory import Memory
+from ppllava_runtime.prompt import TextStream
+
+Stage = Literal["decode", "preprocess", "vision", "text", "pool", "prefill", "generate"]
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """Time spent per stage; loading graphs is not in it, nor is the time the caller takes.
+
+    Attributes:
+        decode, preprocess, vision: Reading the file to encoding the frames; 0 from the second
+            question about a video on.
+        text, pool: The question through the text tower, and the pooling that it guides.
+        prefill: From the pooled tokens to the first id.
+        generate: All ids after the first.
+    """
+
+    decode: float = 0.0
+    preprocess: float = 0.0
+    vision: float = 0.0
+    text: float = 0.0
+    pool: float = 0.0
+    prefill: float = 0.0
+    generate: float = 0.0
+
+    @property
+    def first_token(self) -> float:
+        """All that had to happen before the first id was there."""
+        return self.total - self.generate
+
+    @property
+    def total(self) -> float:
+        """All stages together."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What one answer cost.
+
+    Attributes:
+        num_frames_sampled: Frames that the answer looks at, T.
+        num_frames_decoded: Frames decoded for it; 0 from the second question on.
+        num_frames_encoded: Frames run through the vision tower for it; 0 likewise.
+        num_tokens_before, num_tokens_after: Visual tokens before pooling, T·h·w, and after it, N.
+        num_prompt_tokens: Length of the decoder's prompt, the pooled tokens included.
+        num_new_tokens: Ids generated so far.
+        milliseconds: Time per stage so far.
+    """
+
+    num_frames_sampled: int
+    num_frames_decoded: int
+    num_frames_encoded: int
+    num_tokens_before: int
+    num_tokens_after: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    milliseconds: Milliseconds
+
+
+class Stopwatch:
+    """Adds up the time spent per stage."""
+
+    def __init__(self) -> None:
+        self.spent: dict[Stage, float] = {}
+
+    @contextmanager
+    def time(self, stage: Stage) -> Iterator[None]:
+        """Counts the block towards `stage`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = 1000 * (time.perf_counter() - began)
+            self.spent[stage] = self.spent.get(stage, 0.0) + elapsed
+
+    def read(self) -> Milliseconds:
+        """What has been counted so far."""
+        return Milliseconds(**self.spent)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The part of the accounting that is known before the first id."""
+
+    num_frames_decoded: int
+    num_frames_encoded: int
+    num_tokens_after: int
+    num_prompt_tokens: int
+
+
+class Answer:
+    """Iterating gives pieces of text, each computed when it is asked for.
+
+    It may be left half-way, resumed, or iterated again from the start.
+
+    Attributes:
+        question: What was asked.
+        relevance: (T,h,w) float32 in [-1,1], how much each patch has to do with the question.
+    """
+
+    def __init__(
+        self,
+        question: str,
+        relevance: NDArray[np.float32],
+        memory: Memory,
+        ids: Generator[int, None, None],
+        stream: TextStream,
+        max_new_tokens: int,
+        counts: Counts,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.question = question
+        self.relevance = relevance
+        self._memory = memory
+        self._ids = ids
+        self._stream = stream
+        self._max_new_tokens = max_new_tokens
+        self._counts = counts
+        self._stopwatch = stopwatch
+        self._pieces: list[str] = []
+        self._num_new_tokens = 0
+        self._ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        position = 0
+        while position < len(self._pieces) or self._advance():
+            yield self._pieces[position]
+            position += 1
+
+    @property
+    def text(self) -> str:
+        """The whole answer; generates what has not been asked for yet."""
+        return "".join(self)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it ended for lack of room (`max_new_tokens`, or positions) and not by itself.
+
+        Generates what has not been asked for yet.
+        """
+        for _ in self:
+            pass
+        return self._num_new_tokens >= self._max_new_tokens
+
+    @property
+    def accounting(self) -> Accounting:
+        """What it cost so far; all of it once the text is complete."""
+        t, h, w = self._memory.size
+        return Accounting(
+            num_frames_sampled=t,
+            num_frames_decoded=self._counts.num_frames_decoded,
+            num_frames_encoded=self._counts.num_frames_encoded,
+            num_tokens_before=t * h * w,
+            num_tokens_after=self._counts.num_tokens_after,
+            num_prompt_tokens=self._counts.num_prompt_tokens,
+            num_new_tokens=self._num_new_tokens,
+            milliseconds=self._stopwatch.read(),
+        )
+
+    def save_heatmap(self, path: str | Path) -> None:
+        """Writes the relevance over the frames; see `heatmap.write_heatmap`."""
+        from ppllava_runtime.heatmap import write_heatmap
+
+        write_heatmap(
+            path, self._memory.thumbnails, self._memory.timestamps, self.relevance, self.question
+        )
+
+    def close(self) -> None:
+        """Ends the answer where it is and frees what generating holds."""
+        self._ids.close()
+
+    def _advance(self) -> bool:
+        """Whether one more piece was generated."""
+        while not self._ended:
+            with self._stopwatch.time("generate" if self._num_new_tokens else "prefill"):
+                token = next(self._ids, None)
+            if token is None:
+                self._ended = True
+                piece = self._stream.finish()
+            else:
+                self._num_new_tokens += 1
+                piece = self._stream.push(token)
+            if piece:
+                self._pieces.append(piece)
+                return True
+        return False

@@ -1,0 +1,36 @@
+"""Frames → the numbers that the vision tower was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pixel_values(
+    frames: NDArray[np.uint8], size: int, mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """(T,3,size,size) float32: frames resized to a square, scaled to [0,1], normalised per channel.
+
+    Pixel for pixel what the published processor computes: PIL's bicubic filter, which averages when
+    shrinking, on 8-bit values; the aspect ratio is not kept and nothing is cut off.
+
+    Args:
+        frames: (T,H,W,3) uint8 RGB.
+        size: Side of the square, S.
+        mean, std: Per RGB channel, of values in [0,1].
+    """
+    from PIL import Image
+
+    # Only 256 values go in, so normalise those and look the rest up. Scaling in float64 and
+    # rounding once to float32 is what the processor does, and decides the last bit.
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    table = (scaled[:, None] - np.array(mean, np.float32)) / np.array(std, np.float32)
+    values = np.empty((len(frames), 3, size, size), np.float32)
+    for frame, out in zip(frames, values, strict=True):
+        resized = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized)
+        for channel in range(3):
+            out[channel] = table[pixels[..., channel], channel]
+    return values

@@ -1,0 +1,153 @@
+"""Strings ↔ token ids: the question for the text tower, the prompt for the decoder, the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppllava_engines.bundle import Bundle, ModelSpec
+from ppllava_engines.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders show for bytes that are no character yet
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as ids.
+
+    Attributes:
+        text_ids: (1,n) int64 for the text tower, from its first to its end token.
+        before, after: The decoder's ids around the place of the pooled tokens.
+    """
+
+    text_ids: NDArray[np.int64]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class PromptBuilder:
+    """Makes prompts of questions, and text of the ids that come back.
+
+    Args:
+        decoder: The decoder's tokenizer.
+        text: The text tower's tokenizer.
+        model: Template, special ids and the number of positions.
+    """
+
+    def __init__(self, decoder: Tokenizer, text: Tokenizer, model: ModelSpec) -> None:
+        for tokenizer in (decoder, text):  # a tokenizer file may carry settings for training
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._decoder = decoder
+        self._text = text
+        self._model = model
+        added = decoder.get_added_tokens_decoder().values()
+        ends = (model.text_bos_token_id, model.text_eos_token_id)
+        self._reserved = {token.content for token in added if token.special}
+        self._reserved |= {token for id_ in ends if (token := text.id_to_token(id_))}
+
+    @staticmethod
+    def open(bundle: Bundle) -> PromptBuilder:
+        """The builder for a bundle's model.
+
+        Raises:
+            DataError: A tokenizer file that cannot be read.
+        """
+        files = bundle.manifest.tokenizers
+        decoder, text = (_load(bundle.file(files[name])) for name in ("decoder", "text"))
+        return PromptBuilder(decoder, text, bundle.manifest.model)
+
+    def build(self, question: str) -> Prompt:
+        """The ids of one question; a question too long for the text tower guides by its beginning.
+
+        Raises:
+            UsageError: A question that is empty or contains a token reserved for the template.
+            DataError: A template that does not give exactly one place for the pooled tokens.
+        """
+        question = question.strip()
+        if not question:
+            raise UsageError("the question is empty")
+        # Read as text these would be harmless, but tokenizers read them as commands: one more
+        # place for an image, or the end of the turn.
+        for token in sorted(self._reserved):
+            if token in question:
+                raise UsageError(f"the question contains {token!r}, which is reserved: leave it out")
+        model = self._model
+        ids = self._decoder.encode(model.chat_template.replace("{question}", question)).ids
+        if ids.count(model.image_token_index) != 1:
+            raise DataError(
+                f"model {model.name}: its chat template gives {ids.count(model.image_token_index)} "
+                f"image tokens (id {model.image_token_index}), expected 1: export it again"
+            )
+        place = ids.index(model.image_token_index)
+        words = self._text.encode(question, add_special_tokens=False).ids
+        ends = [model.text_bos_token_id], [model.text_eos_token_id]
+        text_ids = ends[0] + words[: model.text_positions - 2] + ends[1]
+        return Prompt(np.array([text_ids], np.int64), tuple(ids[:place]), tuple(ids[place + 1 :]))
+
+    def stream(self) -> TextStream:
+        """A new stream for one answer."""
+        return TextStream(self._decoder)
+
+
+class TextStream:
+    """Turns ids into text as they come, never showing half a character.
+
+    All pieces together are the text of all ids, without special tokens, and without white space or
+    an unfinished character at its ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Spacing depends on the neighbour to the left, so ids are decoded together with those of
+        # the piece before: ids[start:done] have been shown, as the text `shown`.
+        self._start = 0
+        self._done = 0
+        self._space = ""
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now; often one word, sometimes nothing."""
+        self._ids.append(token)
+        text = self._decode(len(self._ids))
+        if text.endswith(_INCOMPLETE):
+            return ""
+        return self._show(text)
+
+    def finish(self) -> str:
+        """The rest, when no more ids come."""
+        return self._show(self._decode(len(self._ids)).rstrip(_INCOMPLETE))
+
+    def _decode(self, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[self._start : end], skip_special_tokens=True)
+        return text
+
+    def _show(self, text: str) -> str:
+        shown = self._decode(self._done)
+        if len(text) <= len(shown) or not text.startswith(shown):
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        # White space waits for what follows it, as an answer may not begin or end with it.
+        text = self._space + text[len(shown) :]
+        text = text if self._begun else text.lstrip()
+        piece = text.rstrip()
+        self._space = text[len(piece) :]
+        self._begun |= bool(piece)
+        return piece
+
+
+def _load(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path}: not a tokenizer, export it again: {error}") from error

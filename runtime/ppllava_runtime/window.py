@@ -1,0 +1,124 @@
+"""How much is pooled: kernel and stride over (T,h,w), given or derived from a budget of tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+from ppllava_engines.errors import UsageError
+
+Axes = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The extent and the step of the pooling windows, over (T,h,w)."""
+
+    kernel: Axes
+    stride: Axes
+
+    def output(self, size: Axes) -> Axes:
+        """The number of windows per axis on `size` tokens: floor((I-k)/s)+1."""
+        axes = zip(size, self.kernel, self.stride, strict=True)
+        t, h, w = ((i - k) // s + 1 for i, k, s in axes)
+        return (t, h, w)
+
+    def num_tokens(self, size: Axes) -> int:
+        """The number of windows in all, N."""
+        return math.prod(self.output(size))
+
+
+def choose_window(
+    size: Axes,
+    default: Window,
+    kernel: Axes | None = None,
+    stride: Axes | None = None,
+    num_tokens: int | None = None,
+) -> Window:
+    """The window that a caller asked for, or the model's own.
+
+    The model's own shrinks to fit a video of fewer tokens; one that is asked for must fit. Of kernel
+    and stride, the one not given equals the other: windows side by side.
+
+    Args:
+        size: Tokens (T,h,w) of the video.
+        default: The model's own.
+        kernel, stride: The window.
+        num_tokens: Instead of these, the most tokens after pooling (see `window_within`).
+
+    Raises:
+        UsageError: Both a budget and a window, a value below 1, or a kernel larger than the video.
+    """
+    if num_tokens is not None:
+        if kernel or stride:
+            raise UsageError("give a number of tokens or kernel and stride, not both")
+        return window_within(num_tokens, size, default)
+    if kernel is None and stride is None:
+        return Window(_fitted(default.kernel, size), default.stride)
+    window = Window(kernel or stride or size, stride or kernel or size)
+    for name, values in (("kernel", window.kernel), ("stride", window.stride)):
+        if len(values) != 3 or min(values) < 1:
+            raise UsageError(f"{name} is {_shown(values)}, expected three numbers of 1 or more")
+    if window.kernel != _fitted(window.kernel, size):
+        raise UsageError(
+            f"kernel {_shown(window.kernel)} does not fit into the {_shown(size)} tokens "
+            "(frames,rows,columns) of this video: make it smaller or sample more frames"
+        )
+    return window
+
+
+def window_within(num_tokens: int, size: Axes, default: Window) -> Window:
+    """The window that pools `size` tokens to at most `num_tokens`, in the default's proportions.
+
+    The ideal output is the default's, scaled alike on all axes to the budget. Of the outputs within
+    the budget the one with the smallest sum of squared log ratios to the ideal is taken; ties go to
+    more tokens, then to more frames, then to more rows. An output O gets stride I//O and kernel
+    I-(O-1)·stride, so that no token is left out; outputs whose windows would overlap by more than
+    half are not considered.
+
+    Args:
+        num_tokens: The budget.
+        size: Tokens (T,h,w) of the video.
+        default: The model's own window; its own budget gives it back where it leaves no token out.
+
+    Raises:
+        UsageError: A budget below 1.
+    """
+    if num_tokens < 1:
+        raise UsageError(f"the number of tokens is {num_tokens}, expected 1 or more")
+    natural = Window(_fitted(default.kernel, size), default.stride).output(size)
+    scale = (num_tokens / math.prod(natural)) ** (1 / 3)
+    ideal = [min(o * scale, i) for o, i in zip(natural, size, strict=True)]
+    choices = [
+        output
+        for output in product(*(_outputs(axis) for axis in size))
+        if math.prod(output) <= num_tokens
+    ]
+
+    def preference(output: Axes) -> tuple[float, int, Axes]:
+        distance = sum(math.log(o / best) ** 2 for o, best in zip(output, ideal, strict=True))
+        return (-round(distance, 9), math.prod(output), output)
+
+    output = max(choices, key=preference)
+    (kt, st), (kh, sh), (kw, sw) = (_span(i, o) for i, o in zip(size, output, strict=True))
+    return Window((kt, kh, kw), (st, sh, sw))
+
+
+def _outputs(size: int) -> list[int]:
+    spans = ((output, *_span(size, output)) for output in range(1, size + 1))
+    return [output for output, kernel, stride in spans if kernel <= 2 * stride]
+
+
+def _span(size: int, output: int) -> tuple[int, int]:
+    stride = size // output
+    return size - (output - 1) * stride, stride
+
+
+def _fitted(kernel: Axes, size: Axes) -> Axes:
+    t, h, w = (min(k, i) for k, i in zip(kernel, size, strict=True))
+    return (t, h, w)
+
+
+def _shown(axes: tuple[int, ...]) -> str:
+    return ",".join(map(str, axes))

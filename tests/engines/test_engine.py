@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ppllava_engines.bundle import Bundle, GraphSpec, TensorSpec
+from ppllava_engines.engine import Engine, open_engine
+from ppllava_engines.errors import (
+    DataError,
+    InternalError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
+from ppllava_engines.onnxruntime import open_session
+from tiny_bundle import scale_spec, write_bundle, write_graph
+
+
+@pytest.fixture
+def scale(tmp_path: Path) -> Engine:
+    spec = scale_spec()
+    return open_engine(write_graph(tmp_path / "scale.onnx", spec), spec)
+
+
+def ones(*shape: int, dtype: str = "float32") -> NDArray[Any]:
+    return np.ones(shape, dtype)
+
+
+def test_a_bundle_gives_engines(tmp_path: Path) -> None:
+    engine = Bundle.open(write_bundle(tmp_path)).engine("scale", threads=1)
+    assert (engine.inputs, engine.outputs) == (scale_spec().inputs, scale_spec().outputs)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    y = engine.run({"w": 2 * ones(2, 3), "x": x})
+    assert list(y) == ["y"]
+    np.testing.assert_array_equal(y["y"], 2 * x)
+
+
+def test_an_array_need_not_be_contiguous(scale: Engine) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(3, 2).T
+    np.testing.assert_array_equal(scale.run({"x": x, "w": ones(2, 3)})["y"], x)
+
+
+def test_a_float16_graph_runs_on_any_cpu(tmp_path: Path) -> None:
+    spec = scale_spec("float16")
+    engine = open_engine(write_graph(tmp_path / "scale.onnx", spec), spec)
+    y = engine.run({"x": 3 * ones(1, 3, dtype="float16"), "w": ones(1, 3, dtype="float16")})["y"]
+    assert y.dtype == np.float16
+    np.testing.assert_array_equal(y, [[3, 3, 3]])
+
+
+@pytest.mark.parametrize(
+    ("feeds", "said"),
+    [
+        ({"x": ones(1, 3)}, "scale: missing inputs ['w'], unknown inputs [], expected ['x', 'w']"),
+        (
+            {"x": ones(1, 3), "w": ones(1, 3), "z": ones(1)},
+            "scale: missing inputs [], unknown inputs ['z'], expected ['x', 'w']",
+        ),
+        (
+            {"x": ones(1, 3, dtype="float64"), "w": ones(1, 3)},
+            "scale: input x is float64 (1,3), expected float32 (n,3)",
+        ),
+        ({"x": ones(1, 3), "w": ones(3)}, "scale: input w is float32 (3), expected float32 (n,3)"),
+        (
+            {"x": ones(1, 4), "w": ones(1, 3)},
+            "scale: input x is float32 (1,4), expected float32 (n,3)",
+        ),
+        (
+            {"x": ones(1, 3), "w": ones(2, 3)},
+            "scale: axis n is 1 in x but 2 in w, expected one size",
+        ),
+        (
+            {"x": [[1.0, 1.0, 1.0]], "w": ones(1, 3)},
+            "scale: input x is a list, expected float32 (n,3)",
+        ),
+        (
+            {"x": ones(1, 3).astype(">f4"), "w": ones(1, 3)},
+            "scale: input x is >f4 (1,3), expected float32 (n,3)",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_told(scale: Engine, feeds: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        scale.run(feeds)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ((TensorSpec("x", "float32", ("n", 3)),), None),
+        ((TensorSpec("x", "float32", ("n", 3)), TensorSpec("v", "float32", ("n", 3))), None),
+        ((TensorSpec("x", "float16", ("n", 3)), TensorSpec("w", "float32", ("n", 3))), None),
+        ((TensorSpec("x", "float32", ("n",)), TensorSpec("w", "float32", ("n", 3))), None),
+        ((TensorSpec("x", "float32", ("n", 4)), TensorSpec("w", "float32", ("n", 3))), None),
+        (None, (TensorSpec("z", "float32", ("n", 3)),)),
+    ],
+)
+def test_a_graph_that_is_not_the_manifests_is_told(
+    tmp_path: Path,
+    inputs: tuple[TensorSpec, ...] | None,
+    outputs: tuple[TensorSpec, ...] | None,
+) -> None:
+    spec = scale_spec()
+    path = write_graph(tmp_path / "scale.onnx", spec)
+    other = dataclasses.replace(spec, inputs=inputs or spec.inputs, outputs=outputs or spec.outputs)
+    with pytest.raises(DataError, match=r"the graph's (in|out)puts are .*, but the manifest says "):
+        open_engine(path, other)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 20])
+def test_what_is_no_graph_is_told(
+    tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scale.onnx"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot load this graph, export it again"):
+        open_engine(path, scale_spec())
+    assert capfd.readouterr() == ("", "")  # ONNX Runtime prints nothing of its own
+
+
+def test_a_graph_that_is_cut_short_is_told(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "scale.onnx", scale_spec())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cannot load this graph"):
+        open_session(path)
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no such graph file"):
+        open_engine(tmp_path / "scale.onnx", scale_spec())
+    path = write_graph(tmp_path / "scale.onnx", scale_spec())
+    with pytest.raises(UnavailableError, match="no engine for device 'npu'"):
+        open_engine(path, scale_spec(), device="npu")
+    with pytest.raises(UsageError, match="threads is 0, expected 1 or more"):
+        open_engine(path, scale_spec(), threads=0)
+
+
+def test_a_graph_that_fails_on_what_fits_is_our_fault(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The manifest lets both axes vary, the graph cannot multiply all that this allows.
+    a, b = TensorSpec("a", "float32", ("m", "k")), TensorSpec("b", "float32", ("j", "n"))
+    spec = GraphSpec("graphs/product.onnx", (a, b), (TensorSpec("c", "float32", ("m", "n")),))
+    engine = open_engine(write_graph(tmp_path / "product.onnx", spec, "MatMul"), spec)
+    assert engine.run({"a": ones(2, 3), "b": ones(3, 4)})["c"].shape == (2, 4)
+    with pytest.raises(InternalError, match="product: ONNX Runtime failed"):
+        engine.run({"a": ones(2, 3), "b": ones(2, 4)})
+    assert capfd.readouterr() == ("", "")

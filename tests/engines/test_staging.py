@@ -1,0 +1,223 @@
+"""A new bundle is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ppllava_engines import staging as staging_module
+from ppllava_engines.bundle import MANIFEST, Bundle, new_bundle
+from ppllava_engines.errors import DataError, StorageError, UsageError
+from tiny_bundle import write_bundle
+
+# Fills a staging folder, says so, and goes on when told to.
+WORKER = """
+import sys
+from pathlib import Path
+from ppllava_engines.bundle import new_bundle
+from tiny_bundle import write_bundle
+with new_bundle(sys.argv[1], overwrite=True) as staging:
+    write_bundle(staging)
+    print(staging.name, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "bundle"
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of replacing a folder; the second is for file systems without the first."""
+    if request.param == "two renames":
+        monkeypatch.setattr(staging_module, "_exchange", lambda *_: False)
+
+
+def make(out: Path, mark: str, overwrite: bool = False) -> None:
+    with new_bundle(out, overwrite) as staging:
+        write_bundle(staging)
+        (staging / "mark").write_text(mark)
+
+
+def mark(out: Path) -> str:
+    Bundle.open(out)
+    return (out / "mark").read_text()
+
+
+def beside(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+@contextmanager
+def worker(out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(out)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def test_a_new_bundle_takes_its_place(out: Path) -> None:
+    with new_bundle(out, overwrite=False) as staging:
+        write_bundle(staging)
+        assert staging.parent == out.parent
+        assert not out.exists()
+    Bundle.open(out, verify="full")
+    assert beside(out) == ["bundle"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.usefixtures("swap")
+def test_a_previous_bundle_is_replaced(out: Path) -> None:
+    make(out, "old")
+    make(out, "new", overwrite=True)
+    assert mark(out) == "new"
+    assert beside(out) == ["bundle"]
+
+
+def test_a_link_to_a_bundle_stays_a_link(out: Path, tmp_path: Path) -> None:
+    make(out, "old")
+    (tmp_path / "link").symlink_to(out)
+    make(tmp_path / "link", "new", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert mark(out) == "new"
+
+
+@pytest.mark.usefixtures("swap")
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there(out: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), new_bundle(out, overwrite=False) as staging:
+        write_bundle(staging)
+        raise failure
+    assert beside(out) == []
+    make(out, "old")
+    with pytest.raises(failure), new_bundle(out, overwrite=True) as staging:
+        write_bundle(staging)
+        raise failure
+    assert mark(out) == "old"
+    assert beside(out) == ["bundle"]
+
+
+def test_what_is_no_bundle_is_not_put_in_place(out: Path) -> None:
+    make(out, "old")
+    with pytest.raises(DataError, match="is missing"), new_bundle(out, overwrite=True) as staging:
+        write_bundle(staging)
+        (staging / "graphs/scale.onnx").unlink()
+    assert mark(out) == "old"
+
+
+def test_overwriting_must_be_asked_for(out: Path) -> None:
+    make(out, "old")
+    with pytest.raises(UsageError, match="is there already"), new_bundle(out, overwrite=False):
+        pytest.fail("the work began")
+    assert mark(out) == "old"
+    assert beside(out) == ["bundle"]
+
+
+def test_what_someone_else_made_is_never_replaced(out: Path) -> None:
+    out.mkdir(parents=True)
+    make(out, "over an empty folder")
+    (out / MANIFEST).unlink()
+    with pytest.raises(UsageError, match=r"has no manifest\.json"), new_bundle(out, overwrite=True):
+        pytest.fail("the work began")
+    assert (out / "mark").is_file()
+    with (
+        pytest.raises(UsageError, match=r"has no manifest\.json"),
+        new_bundle(out / "mark", overwrite=True),
+    ):
+        pytest.fail("the work began")
+
+
+def test_what_came_meanwhile_is_not_replaced(out: Path) -> None:
+    with pytest.raises(UsageError, match="is there already"), new_bundle(out, False) as staging:
+        write_bundle(staging)
+        make(out, "quicker")
+    assert mark(out) == "quicker"
+    assert beside(out) == ["bundle"]
+
+
+def test_a_killed_process_leaves_the_previous_bundle_and_the_next_one_cleans(out: Path) -> None:
+    make(out, "old")
+    with worker(out) as (process, staging):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert mark(out) == "old"
+    assert beside(out) == [staging, "bundle"]
+    with pytest.raises(RuntimeError), new_bundle(out, overwrite=True):
+        raise RuntimeError
+    assert beside(out) == ["bundle"]
+    assert mark(out) == "old"
+
+
+def test_what_another_process_works_on_is_left_alone(out: Path) -> None:
+    with worker(out) as (process, staging):
+        make(out, "mine")
+        assert beside(out) == [staging, "bundle"]
+        process.communicate("go on\n")
+        assert process.returncode == 0
+    Bundle.open(out)
+    assert not (out / "mark").exists()
+    assert beside(out) == ["bundle"]
+
+
+def test_a_swap_that_was_cut_short_is_undone(out: Path) -> None:
+    make(out, "old")
+    out.rename(out.with_name(".bundle.previous"))  # as two renames do, and then the power went
+    with pytest.raises(RuntimeError), new_bundle(out, overwrite=True):
+        raise RuntimeError
+    assert mark(out) == "old"
+    assert beside(out) == ["bundle"]
+
+
+def test_what_a_finished_swap_left_is_removed(out: Path) -> None:
+    make(out, "new")
+    make(out.with_name(".bundle.previous"), "old")
+    make(out, "newer", overwrite=True)
+    assert mark(out) == "newer"
+    assert beside(out) == ["bundle"]
+
+
+def test_a_second_rename_that_fails_is_undone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(out, "old")
+    monkeypatch.setattr(staging_module, "_exchange", lambda *_: False)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(StorageError, match="cannot put the new folder in place"):
+        make(out, "new", overwrite=True)
+    assert mark(out) == "old"
+    assert beside(out) == ["bundle"]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StorageError, match="cannot make a folder beside it"),
+        new_bundle(tmp_path / "file" / "bundle", overwrite=False),
+    ):
+        pytest.fail("the work began")

@@ -1,0 +1,105 @@
+"""The pool op's function body against torch's pooling, over shapes, kernels and strides."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+import torch
+from numpy.typing import NDArray
+from ppllava_engines.onnxruntime import open_session
+from ppllava_export.modules.pooling import strided_weighted_pool
+from ppllava_export.pool_graph import DOMAIN, FUNCTION, OP_TYPE, OPSET
+
+Triple = tuple[int, int, int]
+Array = NDArray[Any]
+
+WIDTH = 5
+TEMPERATURE = 0.01
+TOLERANCE = {"float": 2e-5, "float16": 2e-3}
+GRIDS: list[Triple] = [(4, 6, 6), (3, 5, 7), (1, 4, 9), (5, 1, 2)]
+KERNELS: list[Triple] = [(1, 1, 1), (2, 3, 3), (3, 2, 5), (1, 4, 2), (5, 1, 2), (1, 1, 9)]
+STRIDES: list[Triple] = [(1, 1, 1), (2, 3, 3), (1, 2, 1), (3, 1, 4), (7, 7, 7)]
+CASES = [
+    (grid, kernel, stride)
+    for grid, kernel, stride in product(GRIDS, KERNELS, STRIDES)
+    if all(k <= size for k, size in zip(kernel, grid, strict=True))
+]
+
+
+@pytest.fixture(scope="module", params=["float", "float16"])
+def op(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A session of a graph that is the one node with its body, and the type of its values."""
+    dtype = request.param
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 11, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>
+        one_node ({dtype}[T,h,w,D] hidden, float[T,h,w] weights, int64[3] kernel, int64[3] stride)
+        => ({dtype}[N,D] pooled)
+        {{ pooled = {DOMAIN}.{OP_TYPE} <temperature = {TEMPERATURE}>
+               (hidden, weights, kernel, stride) }}
+    """)
+    model.functions.append(onnx.parser.parse_function(FUNCTION))
+    onnx.checker.check_model(model, full_check=True)
+    path = tmp_path_factory.mktemp("op") / f"{dtype}.onnx"
+    onnx.save(model, str(path))
+    return open_session(path), dtype
+
+
+def run(session: Any, hidden: Array, weights: Array, kernel: Triple, stride: Triple) -> Array:
+    feeds = {"kernel": np.array(kernel), "stride": np.array(stride)}
+    pooled: Array = session.run(None, feeds | {"hidden": hidden, "weights": weights})[0]
+    return pooled
+
+
+def test_literal_values(op: Any) -> None:
+    session, dtype = op
+    hidden = np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1)
+    even = np.zeros((2, 2, 2), np.float32)
+    for kernel, stride, expected in (
+        ((2, 2, 2), (1, 1, 1), [3.5]),
+        ((1, 2, 2), (1, 1, 1), [1.5, 5.5]),
+        ((1, 1, 2), (1, 1, 1), [0.5, 2.5, 4.5, 6.5]),
+        ((2, 1, 1), (1, 1, 1), [2, 3, 4, 5]),
+        ((1, 1, 1), (2, 2, 2), [0]),
+    ):
+        got = run(session, hidden.astype(numpy_of(dtype)), even, kernel, stride)
+        assert got[:, 0].tolist() == expected
+    one = even.copy()
+    one[1, 0, 1] = 1.0  # 1/0.01 above the others: takes all of its window
+    got = run(session, hidden.astype(numpy_of(dtype)), one, (1, 2, 2), (1, 1, 1))
+    assert got[:, 0].tolist() == [1.5, 5]
+
+
+@pytest.mark.parametrize(("grid", "kernel", "stride"), CASES)
+def test_body_equals_torch(op: Any, grid: Triple, kernel: Triple, stride: Triple) -> None:
+    session, dtype = op
+    rng = np.random.default_rng(hash((grid, kernel, stride)) % 2**32)
+    hidden = rng.standard_normal((*grid, WIDTH)).astype(numpy_of(dtype))
+    weights = rng.dirichlet(np.ones(grid[0] * grid[1] * grid[2])).astype(np.float32).reshape(grid)
+    expected = strided_weighted_pool(
+        torch.from_numpy(hidden.astype(np.float32)),
+        torch.from_numpy(weights),
+        kernel,
+        stride,
+        TEMPERATURE,
+    ).numpy()
+    got = run(session, hidden, weights, kernel, stride)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_window_that_does_not_fit_is_an_error(op: Any, axis: int) -> None:
+    session, dtype = op
+    kernel = tuple(9 if i == axis else 1 for i in range(3))
+    hidden = np.zeros((2, 3, 4, WIDTH), numpy_of(dtype))
+    with pytest.raises(Exception, match="zero"):
+        run(session, hidden, np.zeros((2, 3, 4), np.float32), kernel, (1, 1, 1))  # type: ignore[arg-type]
+
+
+def numpy_of(dtype: str) -> type[np.floating[Any]]:
+    return np.float32 if dtype == "float" else np.float16
