@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := engines export runtime tests examples
+SOURCES := engines export runtime examples benchmarks tests
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

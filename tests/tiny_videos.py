@@ -34,7 +34,9 @@ def read_number(frame: NDArray[np.uint8]) -> int:
     height, width, _ = frame.shape
     bar = width // _BITS
     middle = frame[height // 8 : height // 4].mean(axis=(0, 2))
-    bits = [middle[bit * bar + bar // 4 : (bit + 1) * bar - bar // 4].mean() for bit in range(_BITS)]
+    bits = [
+        middle[bit * bar + bar // 4 : (bit + 1) * bar - bar // 4].mean() for bit in range(_BITS)
+    ]
     return sum(1 << bit for bit, value in enumerate(bits) if value > 127)
 
 
@@ -64,15 +66,15 @@ def write_video(
         audio: Whether a second of silence goes with it.
         container_options: The muxer's.
     """
-    with av.open(
-        str(path), "w", format=format, options=dict(container_options or {})
-    ) as container:
+    with av.open(str(path), "w", format=format, options=dict(container_options or {})) as container:
         stream: Any = container.add_stream(codec, rate=fps, options=dict(options or {}))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         stream.codec_context.time_base = 1 / Fraction(fps)
         if tuple(display_matrix) != _IDENTITY:
             stream.set_display_matrix(list(display_matrix))
+        if not len(frames):
+            container.start_encoding()
         if audio:
             sound: Any = container.add_stream("aac", rate=8000)
             container.mux(sound.encode(_silence()))
@@ -97,7 +99,9 @@ def write_audio(path: Path) -> Path:
 
 
 def _silence() -> av.AudioFrame:
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+    frame = av.AudioFrame.from_ndarray(
+        np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+    )
     frame.sample_rate = 8000
     return frame
 

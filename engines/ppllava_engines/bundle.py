@@ -386,20 +386,3 @@ def _refuse_escape(name: str) -> None:
     plain = name == str(path) and "\\" not in name and "\0" not in name and name != "."
     if not plain or path.is_absolute() or ".." in path.parts:
         raise DataError(f"{json.dumps(name)} is not a plain path inside the bundle")
-
-
-__all__ = [
-    "DTYPES",
-    "FAMILIES",
-    "MANIFEST",
-    "SCHEMA_VERSION",
-    "Bundle",
-    "DecoderSpec",
-    "FileSpec",
-    "GraphSpec",
-    "Manifest",
-    "ModelSpec",
-    "TensorSpec",
-    "hash_files",
-    "new_bundle",
-]

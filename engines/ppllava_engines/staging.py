@@ -70,19 +70,18 @@ def _new_staging(out: Path) -> tuple[Path, int]:
     locked is one that nobody works on. No process ids, which are reused.
     """
     while True:
-        staging = _staging_prefix(out).with_name(
-            f"{_staging_prefix(out).name}{secrets.token_hex(4)}"
-        )
+        staging = out.with_name(f"{_staging_prefix(out)}{secrets.token_hex(4)}")
         staging.mkdir()
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if staging.is_dir():  # another process may have cleaned it before it was locked
-            return staging, lock
-        os.close(lock)
+        with suppress(FileNotFoundError):  # another process may clean it before it is locked
+            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if staging.is_dir():
+                return staging, lock
+            os.close(lock)
 
 
-def _staging_prefix(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial-")
+def _staging_prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
 
 
 def _displaced(out: Path) -> Path:
@@ -97,7 +96,7 @@ def _clean(out: Path) -> None:
             shutil.rmtree(displaced)
         else:
             displaced.rename(out)
-    prefix = _staging_prefix(out).name
+    prefix = _staging_prefix(out)
     for stale in [path for path in out.parent.iterdir() if path.name.startswith(prefix)]:
         with suppress(FileNotFoundError, BlockingIOError):
             lock = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)

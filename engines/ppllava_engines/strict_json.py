@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -79,8 +80,14 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
                 return value
         names = " or ".join(option.__name__ for option in arguments)
         raise DataError(f"{where} is {_shown(value)}, expected {names}")
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise DataError(f"{where} is too large a number")
+        return number
     _expect(kind, value, where, kind.__name__)
     return value
 

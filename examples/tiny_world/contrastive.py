@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ppllava_export.modules.alignment import Projector
-from ppllava_export.modules.model import PPLLaVA
 from torch import Tensor
 from torch.nn import functional as F
+
+from ppllava_export.modules.alignment import Projector
+from ppllava_export.modules.model import PPLLaVA
 
 from .model import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE, Vocabulary, normalise
 from .questions import KINDS, ask

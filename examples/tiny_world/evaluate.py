@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
+
 from ppllava_export.modules.config import Window
 from ppllava_export.modules.model import PPLLaVA
-from rich.progress import track
 
 from .instruct import Batch, clip_moments, right_answers
 from .model import FRAME_SIZE, Vocabulary, normalise

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
 from ppllava_export.modules.config import (
     EncoderConfig,
     ModelConfig,
@@ -14,11 +18,14 @@ from ppllava_export.modules.config import (
 from ppllava_export.modules.encoder import Encoder
 from ppllava_export.modules.model import PPLLaVA
 from ppllava_export.modules.text import extend_positions
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch import Tensor, nn
 
-from .vocabulary import TEXT_SPECIAL, write_decoder_tokenizer, write_json, write_text_tokenizer
+from .vocabulary import (
+    TEXT_SPECIAL,
+    token_id,
+    write_decoder_tokenizer,
+    write_json,
+    write_text_tokenizer,
+)
 
 NUM_FRAMES = 8
 FRAME_SIZE = 72
@@ -51,8 +58,8 @@ def model_config(vocabulary: Vocabulary) -> ModelConfig:
     reader = EncoderConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4
     )
-    image_token = vocabulary.decoder.token_to_id("<image>")
-    end = vocabulary.decoder.token_to_id("</s>")
+    image_token = token_id(vocabulary.decoder, "<image>")
+    end = token_id(vocabulary.decoder, "</s>")
     return ModelConfig(
         name="tiny_world",
         vision=VisionConfig(tower, image_size=FRAME_SIZE, patch_size=PATCH_SIZE),
@@ -61,8 +68,8 @@ def model_config(vocabulary: Vocabulary) -> ModelConfig:
             vocab_size=vocabulary.text.get_vocab_size(),
             positions=_EXTENDED_POSITIONS,
             extended=True,
-            bos_token_id=vocabulary.text.token_to_id(TEXT_SPECIAL[0]),
-            eos_token_id=vocabulary.text.token_to_id(TEXT_SPECIAL[1]),
+            bos_token_id=token_id(vocabulary.text, TEXT_SPECIAL[0]),
+            eos_token_id=token_id(vocabulary.text, TEXT_SPECIAL[1]),
         ),
         projection_dim=64,
         decoder={
@@ -76,9 +83,9 @@ def model_config(vocabulary: Vocabulary) -> ModelConfig:
             "vocab_size": vocabulary.decoder.get_vocab_size(),
             "max_position_embeddings": _CONTEXT,
             "rms_norm_eps": 1e-5,
-            "bos_token_id": vocabulary.decoder.token_to_id("<s>"),
+            "bos_token_id": token_id(vocabulary.decoder, "<s>"),
             "eos_token_id": end,
-            "pad_token_id": vocabulary.decoder.token_to_id("<unk>"),
+            "pad_token_id": token_id(vocabulary.decoder, "<unk>"),
             "tie_word_embeddings": False,
         },
         feature_layer=-2,
@@ -107,9 +114,7 @@ def _grid_positions(grid: tuple[int, int], width: int) -> Tensor:
         angles = torch.arange(length)[:, None] * frequencies
         tables.append(torch.cat([angles.sin(), angles.cos()], dim=1))
     rows, columns = tables
-    table = torch.cat(
-        [rows.repeat_interleave(grid[1], dim=0), columns.repeat(grid[0], 1)], dim=1
-    )
+    table = torch.cat([rows.repeat_interleave(grid[1], dim=0), columns.repeat(grid[0], 1)], dim=1)
     return torch.cat([torch.zeros(1, width), table])
 
 
@@ -122,8 +127,8 @@ def fresh_model(config: ModelConfig, seed: int) -> PPLLaVA:
     extended = extend_positions(torch.randn(_TRAINED_POSITIONS, width) * 0.02)
     tower = model.vision_tower.vision_model.embeddings
     with torch.no_grad():
-        embeddings.position_embedding.copy_(extended)
-        embeddings.position_embedding_res.copy_(extended)
+        for name in ("position_embedding", "position_embedding_res"):
+            embeddings.get_parameter(name).copy_(extended)
         embeddings.token_embedding.weight.normal_(std=0.02)
         tower.position_embedding.weight.copy_(
             _grid_positions(config.grid, config.vision.encoder.hidden_size)

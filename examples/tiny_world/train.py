@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ppllava_export.modules.model import PPLLaVA
+
 from . import contrastive, instruct
-from .model import PPLLaVA, Vocabulary, fresh_model, model_config, save_checkpoint
+from .model import Vocabulary, fresh_model, model_config, save_checkpoint
 from .training import Schedule, keep_memory, train
 
 STAGES = ("contrastive", "instruct", "dpo")
 FIRST_SEED = {"contrastive": 10_000_000, "instruct": 20_000_000, "dpo": 30_000_000}
 SCHEDULES = {
     "contrastive": Schedule(steps=1700, learning_rate=1e-3),
-    "instruct": Schedule(steps=3600, learning_rate=1.5e-3),
+    "instruct": Schedule(steps=3000, learning_rate=1.5e-3),
     "dpo": Schedule(steps=200, learning_rate=1e-4),
 }
 TRAIN_CLIPS = range(40_000_000, 40_000_000 + 14_000)
@@ -73,6 +76,8 @@ def run_over_tokens(stage: str, before: str, folder: Path, schedule: Schedule) -
     vocabulary = Vocabulary(folder)
     model = load_stage(folder, before)
     tokens = instruct.encode_clips(model, TRAIN_CLIPS, folder / "tokens.npy")
+    if stage == "instruct":
+        instruct.condition_projector(model, tokens)
     projector = model.multi_modal_projector
     learned = [
         *projector.linear_1.parameters(),
@@ -82,9 +87,10 @@ def run_over_tokens(stage: str, before: str, folder: Path, schedule: Schedule) -
     reference = copy.deepcopy(model).requires_grad_(False) if stage == "dpo" else None
 
     def loss_of(batch: instruct.Batch, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        pooling = instruct.CURRICULUM.draw_pooling(step)
         if reference is None:
-            return instruct.instruct_loss(model, vocabulary, batch, step)
-        return instruct.dpo_loss(model, reference, vocabulary, batch, step)
+            return instruct.instruct_loss(model, vocabulary, batch, pooling, step)
+        return instruct.dpo_loss(model, reference, vocabulary, batch, pooling)
 
     make = partial(instruct.make_batch, tokens=tokens, clips=TRAIN_CLIPS)
     train(stage, folder, model, learned, schedule, make, loss_of, FIRST_SEED[stage])
@@ -105,7 +111,7 @@ def main() -> None:
         save_checkpoint(load_stage(folder, arguments.of), folder)
         return
     default = SCHEDULES[arguments.stage]
-    schedule = Schedule(arguments.steps or default.steps, default.learning_rate)
+    schedule = replace(default, steps=arguments.steps or default.steps)
     if arguments.stage == "contrastive":
         run_contrastive(folder, schedule)
     else:

@@ -55,7 +55,7 @@ def decoder_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        single="<s> $A", special_tokens=[("<s>", token_id(tokenizer, "<s>"))]
     )
     return tokenizer
 
@@ -99,9 +99,21 @@ def text_tokenizer() -> Tokenizer:
     start, end = TEXT_SPECIAL
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in TEXT_SPECIAL],
+        special_tokens=[(name, token_id(tokenizer, name)) for name in TEXT_SPECIAL],
     )
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Returns the id of a token.
+
+    Raises:
+        KeyError: The tokenizer has no such token.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise KeyError(token)
+    return found
 
 
 def write_json(path: Path, content: object) -> None:

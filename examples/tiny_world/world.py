@@ -7,6 +7,7 @@ fractions of the frame's side, times fractions of the clip's length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ MOTIONS: dict[str, tuple[int, int]] = {
     "still": (0, 0),
 }
 NUM_BACKGROUNDS = 5
+Array = NDArray[np.floating[Any]]
 _RADII = (0.145, 0.185)
 _TRAVEL = (0.36, 0.6)
 _EDGE_PIXELS = 0.6
@@ -112,7 +114,7 @@ def _collide(a: Thing, b: Thing) -> bool:
 
 
 def sample_clip(seed: int) -> Clip:
-    """Returns the clip of a seed: colours differ, things never cover each other."""
+    """Returns the clip of a seed: colours differ, at most corners touch."""
     rng = np.random.default_rng(seed)
     wanted = int(rng.choice([1, 2, 3], p=[0.2, 0.4, 0.4]))
     colours = rng.permutation(list(COLOURS))
@@ -151,17 +153,20 @@ def _backdrop(clip: Clip, rng: np.random.Generator, size: int) -> NDArray[np.flo
     return picture
 
 
-def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+def _distance(shape: str, x: Array, y: Array) -> Array:
     """Returns signed distances (unit radius) of points to a shape's outline, inside negative."""
     if shape == "circle":
         return np.hypot(x, y) - 0.95
-    x, y = np.abs(x), y if shape == "triangle" else np.abs(y)
+    x = np.abs(x)
+    if shape != "triangle":
+        y = np.abs(y)
     if shape == "square":
         return np.maximum(x, y) - 0.83
     if shape == "triangle":
         return np.maximum(0.866 * x - 0.5 * y, y) - 0.55
-    bars = np.minimum(np.maximum(x - 0.3, y - 1), np.maximum(y - 0.3, x - 1))
-    return bars
+    upright, lying = np.maximum(x - 0.3, y - 1), np.maximum(y - 0.3, x - 1)
+    cross: Array = np.minimum(upright, lying)
+    return cross
 
 
 def masks(clip: Clip, moments: NDArray[np.float64], size: int) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from ppllava_engines.errors import DataError, NotFoundError
 
 from .config_files import CheckpointFiles, read_model_config

@@ -110,6 +110,8 @@ def read_model_config(folder: Path, shapes: Shapes) -> tuple[ModelConfig, Checkp
     max_frames = config.integer("max_T", 64)
     num_frames = min(preprocessor.integer("num_frames", _PUBLISHED_FRAMES), max_frames)
     kernel, stride = _pooling_window(config, vision.grid, num_frames)
+    if any(k > size for k, size in zip(kernel, (max_frames, *vision.grid), strict=True)):
+        raise config.wrong("pooling_kernel", list(kernel), f"at most {[max_frames, *vision.grid]}")
     if (shape := config.get("frame_shape", list(vision.grid))) != list(vision.grid):
         raise config.wrong("frame_shape", shape, f"{list(vision.grid)}, the vision tower's grid")
     feature_layer = config.get("vision_feature_layer", -2)

@@ -16,9 +16,10 @@ import onnxruntime_genai.models  # noqa: F401  # makes the builder's own modules
 import torch
 from numpy.lib.format import open_memmap
 from onnxruntime_genai.models.builders.llama import LlamaModel
+from transformers import LlamaForCausalLM
+
 from ppllava_engines.bundle import DecoderSpec
 from ppllava_engines.errors import IncompatibleError
-from transformers import LlamaForCausalLM
 
 from .modules.config import ModelConfig
 

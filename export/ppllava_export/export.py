@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
 from ppllava_engines.bundle import (
     MANIFEST,
     DecoderSpec,

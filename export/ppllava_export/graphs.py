@@ -10,9 +10,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
-from ppllava_engines.bundle import GraphSpec, TensorSpec
 from torch import Tensor, nn
 from torch.export import Dim
+
+from ppllava_engines.bundle import GraphSpec, TensorSpec
 
 from .modules.model import PPLLaVA
 from .pool_graph import OPSET, pool_graph

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
 from ppllava_engines.bundle import DecoderSpec, GraphSpec, TensorSpec
 from ppllava_engines.engine import Engine, open_engine
 from ppllava_engines.onnxruntime import open_session
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from .config_files import text_token_ids
 from .graphs import VISION_TOKENS
@@ -37,7 +38,7 @@ _PROMPT_TOKENS = 8  # on either side of the pooled ones
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages are compared on, seeded: frames (T, 3, S, S), question ids, prompt ids."""
+    """What the stages are compared on, seeded: frames (T, 3, S, S), question (1, n), prompt (n)."""
 
     pixel_values: Array
     question_ids: Array
@@ -50,13 +51,13 @@ class Inputs:
         frames = min(2 * config.kernel[0], config.max_frames)
         side = config.vision.image_size
         begin, end = text_token_ids(config.text)
-        words = rng.integers(0, min(begin, end), min(_QUESTION_TOKENS, config.text.positions) - 2)
-        prompt = rng.integers(0, config.decoder["vocab_size"], 2 * _PROMPT_TOKENS + 1)
-        prompt[_PROMPT_TOKENS] = config.image_token_index
+        length = min(_QUESTION_TOKENS, config.text.positions) - 2
+        words = rng.integers(0, config.text.vocab_size, length)
+        words = words[(words != begin) & (words != end)]
         return Inputs(
             rng.standard_normal((frames, 3, side, side), dtype=np.float32),
             np.concatenate([[begin], words, [end]])[None],
-            prompt[prompt != config.image_token_index][None],
+            rng.integers(0, config.decoder["vocab_size"], 2 * _PROMPT_TOKENS),
         )
 
 
@@ -134,9 +135,8 @@ def _stages(
     yield "pooled", (got["pooled"], pooled.numpy())
 
     table = np.load(folder / decoder.embedding, mmap_mode="r")
-    words = table[inputs.prompt_ids[0]]
-    at = words.shape[0] // 2
-    embeds = np.concatenate([words[:at], rounded(pooled), words[at:]])[None]
+    before, after = np.split(table[inputs.prompt_ids], 2)
+    embeds = np.concatenate([before, rounded(pooled), after])[None]
     embeds = embeds[:, -decoder.max_positions :]
     with streamed_fp32(model.language_model):
         output = model.language_model(inputs_embeds=torch_of(embeds), logits_to_keep=1)

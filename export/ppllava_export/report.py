@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
+
 from ppllava_engines import strict_json
 from ppllava_engines.errors import InternalError
-from rich.table import Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

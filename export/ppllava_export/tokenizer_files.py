@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from ppllava_engines.errors import DataError, NotFoundError
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, LlamaTokenizer
+
+from ppllava_engines.errors import DataError, NotFoundError, UnavailableError
 
 from .config_files import CheckpointFiles, text_token_ids
 from .modules.config import ModelConfig
 
 _IMAGE_TOKEN = "<image>"
+_SENTENCEPIECE = "tokenizer.model"
 _REMEDY = "add it, or export without text by --skip-tokenizer"
 
 
@@ -42,8 +45,9 @@ def read_tokenizers(config: ModelConfig, files: CheckpointFiles) -> Tokenizers:
     Raises:
         DataError: A file that is malformed, or that has ids the model has not.
         NotFoundError: One is missing; the message names --skip-tokenizer.
+        UnavailableError: tokenizer.model needs a package that is not installed.
     """
-    decoder = _read(files.folder, LlamaTokenizer, ["tokenizer.model"])
+    decoder = _read(files.folder, LlamaTokenizer, [_SENTENCEPIECE])
     _check_size(decoder, config.decoder["vocab_size"], files.folder)
     image_id = decoder.token_to_id(_IMAGE_TOKEN)
     if image_id not in (None, config.image_token_index):
@@ -68,6 +72,15 @@ def _read(
     folder: Path, kind: type[LlamaTokenizer | CLIPTokenizer], sources: Iterable[str]
 ) -> Tokenizer:
     path = folder / "tokenizer.json"
+    if (
+        not path.is_file()
+        and (folder / _SENTENCEPIECE).is_file()
+        and not find_spec("sentencepiece")
+    ):
+        raise UnavailableError(
+            f"{folder / _SENTENCEPIECE} is read by a package that is missing: "
+            "pip install sentencepiece"
+        )
     try:
         if path.is_file():
             return Tokenizer.from_file(str(path))

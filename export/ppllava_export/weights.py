@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError
 
 from .sections import Section
 

@@ -46,7 +46,7 @@ class Milliseconds:
     @property
     def total(self) -> float:
         """All stages together."""
-        return sum(vars(self).values())
+        return sum(float(spent) for spent in vars(self).values())
 
 
 @dataclass(frozen=True)

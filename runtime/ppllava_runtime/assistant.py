@@ -52,12 +52,13 @@ class Assistant:
         end: float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Video:
-        """The video (or image) in a file, looked at once and remembered for any number of questions.
+        """The video (or image) in a file, looked at once and remembered for all questions to come.
 
         Args:
             path: The file.
             num_frames: Frames to look at; None is what the model was trained with.
-            start, end: The span to look at, in seconds; None is the whole file.
+            start: First second to look at; None is the first frame.
+            end: Last second to look at; None is the last frame.
             progress: Called with the number of frames encoded so far and of all.
 
         Raises:
@@ -77,7 +78,7 @@ class Assistant:
         vision = self.vision
         with stopwatch.time("vision"):
             keys, hidden = encode(vision, values, model.frames_coupled, progress)
-        memory = Memory(keys, hidden, model.grid, clip.timestamps, thumbnails(clip.frames))
+        memory = Memory(keys, hidden, model.grid, clip.info.timestamps, thumbnails(clip.frames))
         return Video(self, memory, clip.info, stopwatch)
 
     @cached_property
@@ -104,7 +105,7 @@ class Assistant:
 
     @cached_property
     def prompts(self) -> PromptBuilder:
-        """question → ids, ids → text."""
+        """Question → ids, ids → text."""
         return PromptBuilder.open(self.bundle)
 
 
@@ -142,10 +143,14 @@ class Video:
         Args:
             question: In one's own words.
             num_tokens: The most visual tokens after pooling; see `window.window_within`.
-            kernel, stride: Instead of it, the pooling window over (frames, rows, columns); without
-                any of them it is the model's own.
+            kernel: Instead of it, the pooling window over (frames, rows, columns); without any of
+                the three it is the model's own.
+            stride: Its step; by default the kernel.
             max_new_tokens: The longest answer.
-            temperature, top_p, top_k, seed: See `Sampling`; by default always the likeliest token.
+            temperature: 0 always takes the likeliest token; see `Sampling` for this and the rest.
+            top_p: Sample among the likeliest tokens that reach this probability.
+            top_k: Sample among so many tokens; 0 is all.
+            seed: Makes sampling repeatable.
 
         Raises:
             UsageError: A question that is empty or holds a reserved token, a window that does not

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     Font = FreeTypeFont | ImageFont
 
-# Of the relevance of one video: what is below the first is cold, above the second as warm as can be.
+SUFFIXES = (".png", ".mp4")
+
+# Of the relevance of one video: below the first is cold, above the second as warm as can be.
 _COLD_PERCENTILE, _WARM_PERCENTILE = 50.0, 99.5
 _RAMP = ((24, 20, 68), (106, 23, 110), (187, 55, 84), (246, 125, 21), (252, 255, 164))
 _STRENGTH = 0.75  # of the warmest spot's colour over the frame
@@ -59,10 +61,9 @@ def write_heatmap(
         StorageError: The file cannot be written.
     """
     path = Path(path)
-    writers = {".png": _write_sheet, ".mp4": _write_film}
-    writer = writers.get(path.suffix.lower())
-    if writer is None:
-        raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(writers)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    writer = _write_sheet if path.suffix.lower() == ".png" else _write_film
     low, high = np.percentile(relevance, (_COLD_PERCENTILE, _WARM_PERCENTILE))
     with _replaced(path) as partial:
         writer(partial, frames, timestamps, relevance, (float(low), float(high)), question)

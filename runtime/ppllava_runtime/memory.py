@@ -46,7 +46,7 @@ def encode(
     frames_coupled: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """keys (T,L,P) and hidden (T,L,D) of all frames.
+    """Keys (T,L,P) and hidden (T,L,D) of all frames.
 
     Args:
         vision: The engine of the vision graph.
@@ -79,6 +79,5 @@ def thumbnails(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if scale >= 1:
         return frames
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.stack(
-        [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames]
-    )
+    smaller = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in smaller])

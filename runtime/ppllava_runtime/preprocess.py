@@ -19,7 +19,8 @@ def pixel_values(
     Args:
         frames: (T,H,W,3) uint8 RGB.
         size: Side of the square, S.
-        mean, std: Per RGB channel, of values in [0,1].
+        mean: Per RGB channel, of values in [0,1].
+        std: The same.
     """
     from PIL import Image
 

@@ -78,7 +78,7 @@ class PromptBuilder:
         # place for an image, or the end of the turn.
         for token in sorted(self._reserved):
             if token in question:
-                raise UsageError(f"the question contains {token!r}, which is reserved: leave it out")
+                raise UsageError(f"the question contains the reserved {token!r}: leave it out")
         model = self._model
         ids = self._decoder.encode(model.chat_template.replace("{question}", question)).ids
         if ids.count(model.image_token_index) != 1:
@@ -98,7 +98,7 @@ class PromptBuilder:
 
 
 class TextStream:
-    """Turns ids into text as they come, never showing half a character.
+    """Turns ids into text as they come, without ever showing half a character.
 
     All pieces together are the text of all ids, without special tokens, and without white space or
     an unfinished character at its ends.
@@ -108,7 +108,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         # Spacing depends on the neighbour to the left, so ids are decoded together with those of
-        # the piece before: ids[start:done] have been shown, as the text `shown`.
+        # the piece before: ids[start:done] are of that piece.
         self._start = 0
         self._done = 0
         self._space = ""
@@ -117,27 +117,29 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that is certain now; often one word, sometimes nothing."""
         self._ids.append(token)
-        text = self._decode(len(self._ids))
-        if text.endswith(_INCOMPLETE):
-            return ""
-        return self._show(text)
+        fresh = self._fresh()
+        return "" if fresh.endswith(_INCOMPLETE) else self._show(fresh)
 
     def finish(self) -> str:
         """The rest, when no more ids come."""
-        return self._show(self._decode(len(self._ids)).rstrip(_INCOMPLETE))
+        return self._show(self._fresh().rstrip(_INCOMPLETE))
 
-    def _decode(self, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[self._start : end], skip_special_tokens=True)
+    def _fresh(self) -> str:
+        """The text that has not been shown yet."""
+        text, shown = self._decode(self._start), self._decode(self._start, self._done)
+        # Bytes that are no UTF-8 can spoil the text of those before them, which cannot be taken
+        # back: then what is new is decoded alone.
+        return text[len(shown) :] if text.startswith(shown) else self._decode(self._done)
+
+    def _decode(self, start: int, end: int | None = None) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
         return text
 
-    def _show(self, text: str) -> str:
-        shown = self._decode(self._done)
-        if len(text) <= len(shown) or not text.startswith(shown):
-            return ""
-        self._start, self._done = self._done, len(self._ids)
+    def _show(self, fresh: str) -> str:
+        if fresh:
+            self._start, self._done = self._done, len(self._ids)
         # White space waits for what follows it, as an answer may not begin or end with it.
-        text = self._space + text[len(shown) :]
-        text = text if self._begun else text.lstrip()
+        text = self._space + fresh if self._begun else fresh.lstrip()
         piece = text.rstrip()
         self._space = text[len(piece) :]
         self._begun |= bool(piece)

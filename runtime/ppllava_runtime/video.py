@@ -10,9 +10,8 @@ slower and does not depend on anything the container says.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,22 +19,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ppllava_engines.errors import (
-    DataError,
-    NotFoundError,
-    StorageError,
-    UnavailableError,
-    UsageError,
+from ppllava_engines.errors import DataError, NotFoundError, StorageError, UsageError
+from ppllava_runtime.decoding import (
+    LAST_RESORT_FPS,
+    BrokenPromise,
+    Decoded,
+    frame_rate,
+    from_keyframes,
+    opened,
+    read_index,
+    upright,
 )
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from av.container import InputContainer
-    from av.packet import Packet
     from av.video.stream import VideoStream
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_LAST_RESORT_FPS = 25.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def read_clip(
     Args:
         path: A file of any container and codec that FFmpeg knows, or one of IMAGE_SUFFIXES.
         num_frames: How many to choose, T; more than the file has repeats some.
-        start, end: Seconds since the first frame; None is the first and the last frame.
+        start: Seconds since the first frame; None is the first frame.
+        end: The same; None is the last frame.
 
     Raises:
         DataError: Not a video, without a video stream, or nothing in it can be decoded.
@@ -101,32 +102,32 @@ def read_clip(
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return _read_image(path)
 
-    with _opened(path) as (container, stream):
-        index = _read_index(container, stream)
+    with opened(path) as (container, stream):
+        index = read_index(container, stream)
         promised = stream.frames - index.num_discarded
         if index.trusted:
-            with suppress(_BrokenPromise):
+            with suppress(BrokenPromise):
                 choice = _Choice.of(path, stream, index.times, num_frames, start, end)
-                frames = _from_keyframes(container, stream, index, choice.places)
+                frames = from_keyframes(container, stream, index, choice.places)
                 return choice.clip(frames, _damage(path, len(index.times), promised))
 
-    with _opened(path) as (container, stream):
-        everything = _Decoded(container, stream)
+    with opened(path) as (container, stream):
+        everything = Decoded(container, stream)
         times = [frame.pts for frame in everything]
     if not times:
         raise DataError(f"video {path}: it holds no frame that can be decoded")
     if everything.num_errors:  # of a sound file, not every packet need be a picture
         promised = max(promised, len(index.times))
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         choice = _Choice.of(path, stream, times, num_frames, start, end)
-        frames = enumerate(_Decoded(container, stream))
+        frames = enumerate(Decoded(container, stream))
         return choice.clip(frames, _damage(path, len(times), promised), already=len(times))
 
 
 def choose_frames(
     num_frames: int,
     num_chosen: int,
-    fps: float = _LAST_RESORT_FPS,
+    fps: float = LAST_RESORT_FPS,
     start: float | None = None,
     end: float | None = None,
 ) -> tuple[int, ...]:
@@ -138,7 +139,8 @@ def choose_frames(
         num_frames: How many there are, M ≥ 1.
         num_chosen: How many to choose, N; indices repeat when N > M.
         fps: Frames per second, by which seconds become indices.
-        start, end: The span in seconds; None is the first and the last frame.
+        start: Where the span begins, in seconds; None is the first frame.
+        end: Where it ends; None is the last frame.
 
     Raises:
         UsageError: Less than one frame, or a span that is empty or outside the video.
@@ -164,139 +166,6 @@ def choose_frames(
     return tuple(first + int(segment / 2 + round(segment * i)) for i in range(num_chosen))
 
 
-class _BrokenPromise(Exception):
-    """A file does not hold what its packets announced."""
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What the packets of a stream say, without decoding.
-
-    Attributes:
-        times: When each picture is shown, in the stream's time base, sorted.
-        keys: Time of presentation and of decoding of every keyframe, sorted.
-        num_discarded: Packets that only help to decode others and are never shown.
-        trusted: Whether pictures can be found by their times.
-    """
-
-    times: list[int]
-    keys: list[tuple[int, int]]
-    num_discarded: int
-    trusted: bool
-
-
-def _read_index(container: InputContainer, stream: VideoStream) -> _Index:
-    import av
-
-    times: list[int] = []
-    keys: list[tuple[int, int]] = []
-    num_discarded = 0
-    sound = True
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0:  # the end, or a picture that was dropped when recording
-                continue
-            sound &= packet.pts is not None and not packet.is_corrupt
-            pts = packet.pts or 0
-            if packet.is_keyframe:
-                keys.append((pts, packet.dts if packet.dts is not None else pts))
-            sound &= bool(keys)
-            if packet.is_discard:
-                num_discarded += 1
-            else:
-                times.append(pts)
-    except av.FFmpegError:
-        sound = False
-    times.sort()
-    sound = (
-        sound
-        and len(set(times)) == len(times) > 0
-        # Pictures shown before the first keyframe need something that is not in the file.
-        and keys == sorted(keys)
-        and keys[0][0] <= times[0]
-    )
-    return _Index(times, keys, num_discarded, sound)
-
-
-def _from_keyframes(
-    container: InputContainer, stream: VideoStream, index: _Index, wanted: Sequence[int]
-) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames with their places: from the keyframe before each run of wanted places to its last."""
-    import av
-
-    starts = [pts for pts, _ in index.keys]
-    last_of: dict[int, int] = {}
-    for place in sorted(wanted):
-        last_of[bisect_right(starts, index.times[place]) - 1] = place
-    for key, last in last_of.items():
-        start = index.keys[key]
-        place = bisect_left(index.times, start[0])
-        try:
-            for packet in _packets_from(container, stream, start):
-                for frame in stream.decode(packet):
-                    if frame.pts is not None and frame.pts < start[0]:
-                        continue  # shown before the keyframe and made from what came before it
-                    if frame.is_corrupt or frame.pts != index.times[place]:
-                        raise _BrokenPromise
-                    yield place, frame
-                    place += 1
-                    if place > last:
-                        break
-                if place > last:
-                    break
-        except av.FFmpegError as error:
-            raise _BrokenPromise from error
-        if place <= last:
-            raise _BrokenPromise
-
-
-def _packets_from(
-    container: InputContainer, stream: VideoStream, key: tuple[int, int]
-) -> Iterator[Packet[VideoStream]]:
-    """Packets from the keyframe on. Where a container can only seek roughly, those before it are
-    read and not decoded."""
-    pts, dts = key
-    container.seek(dts, stream=stream)
-    reached = False
-    for packet in container.demux(stream):
-        reached = reached or (packet.is_keyframe and packet.pts == pts)
-        if reached:
-            yield packet
-        elif packet.dts is not None and packet.dts > dts:
-            break
-    if not reached:
-        raise _BrokenPromise
-
-
-class _Decoded:
-    """All frames of a stream in order of presentation; what cannot be decoded is left out."""
-
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self.num_errors = 0
-        self._container = container
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[VideoFrame]:
-        import av
-
-        for packet in self._packets():
-            try:
-                yield from self._stream.decode(packet)
-            except av.EOFError:  # the decoder had been drained already
-                return
-            except av.FFmpegError:
-                self.num_errors += 1
-
-    def _packets(self) -> Iterator[Packet[VideoStream] | None]:
-        import av
-
-        try:
-            yield from self._container.demux(self._stream)
-        except av.FFmpegError:
-            self.num_errors += 1
-        yield None  # drains the decoder when the file broke off
-
-
 @dataclass(frozen=True)
 class _Choice:
     """Which frames of a file to take, and when they are shown."""
@@ -320,7 +189,7 @@ class _Choice:
         seconds = [
             None if time is None or origin is None else (time - origin) * unit for time in times
         ]
-        fps = _frame_rate(stream, seconds)
+        fps = frame_rate(stream, seconds)
         try:
             indices = choose_frames(len(times), num_chosen, fps, start, end)
         except UsageError as error:
@@ -349,7 +218,7 @@ class _Choice:
             num_decoded += 1
             if place in wanted:
                 size = size or (frame.width, frame.height)
-                pictures[place] = _upright(frame, *size)
+                pictures[place] = upright(frame, *size)
             if place == last:
                 break
         info = ClipInfo(
@@ -363,66 +232,10 @@ class _Choice:
         return Clip(np.stack([pictures[i] for i in self.indices]), info)
 
 
-def _frame_rate(stream: VideoStream, seconds: Sequence[float | None]) -> float:
-    """Frames per second: the container's, unless the frames' own times contradict it grossly."""
-    claimed = float(stream.average_rate or stream.guessed_rate or 0)
-    first, last = seconds[0], seconds[-1]
-    if first is None or last is None or last <= first:
-        return claimed or _LAST_RESORT_FPS
-    measured = (len(seconds) - 1) / (last - first)
-    return claimed if measured / 2 <= claimed <= measured * 2 else measured
-
-
-def _upright(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-    """The picture as RGB, turned and mirrored as its display matrix says.
-
-    Given a size because a stream may change its own on the way.
-    """
-    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=width, height=height)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return picture
-    # A point goes from (x,y) to (a·x + c·y, b·x + d·y).
-    a, b, _, c, d = (int(value) for value in np.frombuffer(matrix, np.int32, count=5))
-    quarter_turn = abs(b) > abs(a)
-    if quarter_turn:
-        picture = picture.transpose(1, 0, 2)
-    flip_x, flip_y = (c < 0, b < 0) if quarter_turn else (a < 0, d < 0)
-    return picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-
-
 def _damage(path: Path, found: int, promised: int) -> str | None:
     if found >= promised:
         return None
     return f"video {path}: only {found} of its {promised} frames can be decoded, the rest is lost"
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    try:
-        import av
-    except ImportError as error:
-        raise UnavailableError(f"reading videos needs PyAV: pip install av ({error})") from error
-    try:
-        # Absolute, so that no name can pass for a protocol such as "concat:".
-        container = av.open(str(path.absolute()), metadata_errors="replace")
-    except PermissionError as error:
-        raise StorageError(f"video {path}: no permission to read it") from error
-    except (av.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"video {path}: not a video that can be read ({reason})") from error
-    with container:
-        # The cover of a piece of music is kept as a video stream of one picture.
-        cover = av.stream.Disposition.attached_pic
-        videos = (stream for stream in container.streams.video if not stream.disposition & cover)
-        stream = next(videos, None)
-        if stream is None:
-            kinds = sorted({stream.type for stream in container.streams})
-            raise DataError(f"video {path}: it has no video stream, only {', '.join(kinds)}")
-        if stream.codec_context is None:
-            raise UnavailableError(f"video {path}: FFmpeg here has no decoder for its codec")
-        stream.thread_type = "AUTO"
-        yield container, stream
 
 
 def _read_image(path: Path) -> Clip:

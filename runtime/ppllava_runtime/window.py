@@ -38,13 +38,14 @@ def choose_window(
 ) -> Window:
     """The window that a caller asked for, or the model's own.
 
-    The model's own shrinks to fit a video of fewer tokens; one that is asked for must fit. Of kernel
-    and stride, the one not given equals the other: windows side by side.
+    The model's own shrinks to fit a video of fewer tokens; one that is asked for must fit. Of
+    kernel and stride, the one not given equals the other: windows side by side.
 
     Args:
         size: Tokens (T,h,w) of the video.
         default: The model's own.
-        kernel, stride: The window.
+        kernel: The extent of a window.
+        stride: Its step.
         num_tokens: Instead of these, the most tokens after pooling (see `window_within`).
 
     Raises:
@@ -71,11 +72,12 @@ def choose_window(
 def window_within(num_tokens: int, size: Axes, default: Window) -> Window:
     """The window that pools `size` tokens to at most `num_tokens`, in the default's proportions.
 
-    The ideal output is the default's, scaled alike on all axes to the budget. Of the outputs within
-    the budget the one with the smallest sum of squared log ratios to the ideal is taken; ties go to
-    more tokens, then to more frames, then to more rows. An output O gets stride I//O and kernel
-    I-(O-1)·stride, so that no token is left out; outputs whose windows would overlap by more than
-    half are not considered.
+    The ideal output is the default's, scaled alike on all axes until it fills the budget or the
+    video. Of the outputs within the budget the one is taken with the smallest sum of squared log
+    ratios: of each axis to the ideal, and of all tokens to the budget. Ties go to more tokens, then
+    to more frames, then to more rows. An output O gets stride I//O and kernel I-(O-1)·stride, so
+    that no token is left out; outputs whose windows would overlap by more than half are not
+    considered.
 
     Args:
         num_tokens: The budget.
@@ -88,21 +90,36 @@ def window_within(num_tokens: int, size: Axes, default: Window) -> Window:
     if num_tokens < 1:
         raise UsageError(f"the number of tokens is {num_tokens}, expected 1 or more")
     natural = Window(_fitted(default.kernel, size), default.stride).output(size)
-    scale = (num_tokens / math.prod(natural)) ** (1 / 3)
-    ideal = [min(o * scale, i) for o, i in zip(natural, size, strict=True)]
-    choices = [
-        output
-        for output in product(*(_outputs(axis) for axis in size))
-        if math.prod(output) <= num_tokens
-    ]
+    ideal = _scaled(natural, size, num_tokens)
+    t, h, w = (_outputs(axis) for axis in size)
+    choices = [output for output in product(t, h, w) if math.prod(output) <= num_tokens]
 
     def preference(output: Axes) -> tuple[float, int, Axes]:
-        distance = sum(math.log(o / best) ** 2 for o, best in zip(output, ideal, strict=True))
+        ratios = [o / best for o, best in zip(output, ideal, strict=True)]
+        ratios.append(math.prod(output) / math.prod(ideal))
+        distance = sum(math.log(ratio) ** 2 for ratio in ratios)
         return (-round(distance, 9), math.prod(output), output)
 
     output = max(choices, key=preference)
     (kt, st), (kh, sh), (kw, sw) = (_span(i, o) for i, o in zip(size, output, strict=True))
     return Window((kt, kh, kw), (st, sh, sw))
+
+
+def _scaled(natural: Axes, size: Axes, num_tokens: int) -> list[float]:
+    """`natural` scaled alike on all axes to `num_tokens`; what one axis cannot take, others do."""
+    ideal = [float(axis) for axis in size]
+    free = [0, 1, 2]
+    while free:
+        taken = math.prod(size[axis] for axis in range(3) if axis not in free)
+        wanted = num_tokens / taken / math.prod(natural[axis] for axis in free)
+        scale = wanted ** (1 / len(free))
+        fitting = [axis for axis in free if natural[axis] * scale <= size[axis]]
+        if fitting == free:
+            for axis in free:
+                ideal[axis] = natural[axis] * scale
+            break
+        free = fitting
+    return ideal
 
 
 def _outputs(size: int) -> list[int]:

@@ -57,6 +57,7 @@ MANIFEST_EDITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["model"].update(image_size=True), "model.image_size is true, expected int"),
     (lambda m: m["model"].update(image_size=8.0), "model.image_size is 8.0, expected int"),
     (lambda m: m["model"].update(frames_coupled=0), "frames_coupled is 0, expected bool"),
+    (lambda m: m["model"].update(temperature=10**400), "temperature is too large a number"),
     (lambda m: m["model"].update(name=None), "model.name is null, expected str"),
     (lambda m: m["model"].update(grid=[2, 2, 2]), "model.grid has 3 items, expected 2"),
     (lambda m: m["model"].update(grid=4), "model.grid is 4, expected a list"),
@@ -95,6 +96,7 @@ def test_a_manifest_that_does_not_fit_is_refused(
         ('{"schema_version": NaN}', "NaN is not a number"),
         ('{"a": 1, "a": 2}', "key 'a' is given more than once"),
         ("[" * 100_000, "not valid JSON"),
+        ("9" * 10_000, "not valid JSON"),
     ],
 )
 def test_a_manifest_that_is_no_object_is_refused(tiny: Path, text: str, said: str) -> None:

@@ -7,13 +7,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
+
 from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError, PPLLaVAError
 from ppllava_export.checkpoint import load_checkpoint, load_config
-from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import Tensors, edit_json, save_tensors, write_checkpoint, write_json
 
 LN = "multi_modal_projector.clip_visual_ln.weight"
@@ -186,7 +188,7 @@ def test_malformed_config_is_refused(broken: Path, text: str) -> None:
     fails(broken, DataError, 65, "config.json")
 
 
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, dict[str, Any]] = {
     "btadapter": {"btadapter": True},
     "qwen": {"qwen": True},
     "valuew_plus": {"valuew_plus": True},
@@ -215,8 +217,9 @@ def test_every_reason_to_refuse_is_named_at_once(broken: Path) -> None:
     fails(broken, IncompatibleError, 78, "btadapter is True", "qwen is True", "pooling is None")
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "pooling_kernel": {"pooling_kernel": [2, 3]},
+    "at most [64, 4, 4]": {"pooling_kernel": [2, 3, 5]},
     "pooling_stride": {"pooling_stride": [2, 3, 0]},
     "image_pooling_kernel": {"image_pooling_kernel": [1, 2.5, 3]},
     "pooling_temp": {"pooling_temp": 0},
@@ -239,7 +242,7 @@ def test_wrong_fields_are_named(broken: Path, name: str) -> None:
     values = json.loads(config.read_text())
     for key, value in WRONG[name].items():
         nested = isinstance(value, dict) and isinstance(values[key], dict)
-        values[key] = values[key] | value if nested else value  # type: ignore[operator]
+        values[key] = values[key] | value if nested else value
     write_json(config, values)
     fails(broken, DataError, 65, name, "config.json")
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import ppllava_export.graphs
-import ppllava_export.report
 import pytest
+
+import ppllava_export.graphs
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import InternalError, NotFoundError, UsageError
 from ppllava_engines.onnxruntime import open_session
-from ppllava_export import STAGES, export_bundle
-from ppllava_export.report import Parity
+from ppllava_export import STAGES, export, export_bundle
+from ppllava_export.report import Parity, Stage
 from tiny_checkpoint import edit_json, write_checkpoint
 
 
@@ -142,38 +142,47 @@ def test_decoder_steps_equal_its_prefill(bundle: Path) -> None:
     np.testing.assert_allclose(outputs["logits"], whole, atol=2e-6 * np.abs(whole).max())
 
 
-def test_heads_that_fused_rotation_cannot_take(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path, dtype="float16", text_config={"head_dim": 24})
-    export_bundle(checkpoint, tmp_path / "bundle")  # its parity covers prefill and step
-    graph = onnx.load(str(tmp_path / "bundle/decoder/model.onnx"), load_external_data=False).graph
+def test_a_variant_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-precision weights, heads that fused rotation cannot take, weights beside graphs."""
+    monkeypatch.setattr(ppllava_export.graphs, "EXTERNAL_BYTES", 1000)
+    checkpoint = write_checkpoint(
+        tmp_path, dtype="float16", extend_clip=False, text_config={"head_dim": 24}
+    )
+    edit_json(checkpoint / "preprocessor_config.json", num_frames=6)
+    stages: list[str] = []
+    out = tmp_path / "bundle"
+    manifest = export_bundle(checkpoint, out, on_stage=stages.append)  # and its own parity
+    assert stages == list(STAGES)
+    assert (manifest.model.default_frames, manifest.model.text_positions) == (6, 77)
+    files = sorted(path.name for path in (out / "graphs").iterdir())
+    assert files == [f"{g}.onnx{d}" for g in ("pool", "text", "vision") for d in ("", ".data")]
+    graph = onnx.load(str(out / "decoder/model.onnx"), load_external_data=False).graph
     assert "RotaryEmbedding" in [node.op_type for node in graph.node]
     assert "position_ids" not in [value.name for value in graph.input]
 
 
-def test_large_weights_lie_beside_their_graph(
+def test_nothing_is_made_of_graphs_that_are_far_from_torch(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppllava_export.graphs, "EXTERNAL_BYTES", 1000)
-    export_bundle(checkpoint, tmp_path / "bundle")
-    files = sorted(path.name for path in (tmp_path / "bundle/graphs").iterdir())
-    assert files == [f"{g}.onnx{d}" for g in ("pool", "text", "vision") for d in ("", ".data")]
-
-
-def test_num_frames_of_the_processor_is_the_default(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path)
-    edit_json(checkpoint / "preprocessor_config.json", num_frames=6)
-    stages: list[str] = []
-    manifest = export_bundle(checkpoint, tmp_path / "bundle", on_stage=stages.append)
-    assert manifest.model.default_frames == 6
-    assert stages == list(STAGES)
-
-
-def test_nothing_is_left_of_an_export_that_fails(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ppllava_export.report.TOLERANCES["fp32"], "hidden", 1e-12)
-    with pytest.raises(InternalError, match=r"fp32 graphs .* hidden .* > 1e-12"):
+    far = Stage.of("hidden", np.array([1.0, 2.0]), np.array([1.0, 2.001]), "fp32")
+    lost = Stage.of("keys", np.array([np.nan]), np.array([1.0]), "fp32")
+    near = Stage.of("pooled", np.array([1.0]), np.array([1.0]), "fp32")
+    monkeypatch.setattr(export, "measure", lambda *_: Parity("fp32", (far, lost, near)))
+    for part in ("vision", "text"):  # what takes time
+        monkeypatch.setattr(export, f"export_{part}", lambda *_: None)
+    with pytest.raises(InternalError, match=r"fp32 .* hidden 5.0e-04 > 2e-05, keys 1.8e\+308") as e:
         export_bundle(checkpoint, tmp_path / "bundle")
+    assert "pooled" not in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_an_export_that_stops(checkpoint: Path, tmp_path: Path) -> None:
+    def stop(stage: str) -> None:
+        if stage == "vision graph":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(checkpoint, tmp_path / "bundle", on_stage=stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,7 +208,7 @@ def test_a_killed_export_leaves_the_previous_bundle(
     script = (
         "import sys, time, ppllava_export as e\n"
         "def stage(name):\n"
-        "    if name == 'parity': print('now', flush=True); time.sleep(600)\n"
+        "    if name == 'text graph': print('now', flush=True); time.sleep(600)\n"
         "e.export_bundle(sys.argv[1], sys.argv[2], overwrite=True, on_stage=stage)\n"
     )
     process = subprocess.Popen(
@@ -214,8 +223,10 @@ def test_a_killed_export_leaves_the_previous_bundle(
     process.wait()
     assert snapshot(out) == before
     assert len(list(out.parent.iterdir())) == 2  # what it had made so far
-    export_bundle(checkpoint, out, overwrite=True)
+    with pytest.raises(NotFoundError):
+        export_bundle(tmp_path / "nowhere", out, overwrite=True)
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+    assert snapshot(out) == before
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ import onnx.parser
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from ppllava_engines.onnxruntime import open_session
 from ppllava_export.modules.pooling import strided_weighted_pool
 from ppllava_export.pool_graph import DOMAIN, FUNCTION, OP_TYPE, OPSET

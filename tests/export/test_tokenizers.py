@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ppllava_engines.errors import DataError, NotFoundError
-from ppllava_export import export_bundle
+
+from ppllava_engines.errors import DataError, NotFoundError, UnavailableError
+from ppllava_export import tokenizer_files
 from ppllava_export.checkpoint import load_checkpoint
 from ppllava_export.tokenizer_files import Tokenizers, read_tokenizers
 from tiny_checkpoint import edit_json, text_tokenizer
@@ -54,14 +55,12 @@ def test_text_tokenizer_from_vocabulary_and_merges(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["checkpoint", "clip"])
-def test_a_missing_one_names_the_way_out(copied: Path, which: str, tmp_path: Path) -> None:
+def test_a_missing_one_names_the_way_out(copied: Path, which: str) -> None:
     (copied.parent / which / "tokenizer.json").unlink()
     with pytest.raises(NotFoundError, match="--skip-tokenizer") as caught:
         read(copied)
     assert caught.value.exit_code == 66
     assert f"/{which}:" in str(caught.value)
-    manifest = export_bundle(copied, tmp_path / "bundle", skip_tokenizer=True)
-    assert manifest.tokenizers == {}
 
 
 def test_clip_known_only_by_name_has_no_tokenizer(copied: Path) -> None:
@@ -70,6 +69,15 @@ def test_clip_known_only_by_name_has_no_tokenizer(copied: Path) -> None:
     files = type(loaded.files)(copied, None, 8)
     with pytest.raises(NotFoundError, match=r"clip_weight .* --skip-tokenizer"):
         read_tokenizers(loaded.config, files)
+
+
+def test_tokenizer_model_names_the_package_it_needs(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "tokenizer.json").rename(copied / "tokenizer.model")
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda _: None)
+    with pytest.raises(UnavailableError, match="pip install sentencepiece"):
+        read(copied)
 
 
 @pytest.mark.parametrize("which", ["checkpoint", "clip"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.onnxruntime import open_session
 from ppllava_export import export_bundle
@@ -92,7 +93,8 @@ def from_graphs(
     request: pytest.FixtureRequest, clip: Golden, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Array]]:
     out = tmp_path_factory.mktemp("golden") / request.param
-    export_bundle(clip.checkpoint, out, request.param, skip_tokenizer=True)
+    manifest = export_bundle(clip.checkpoint, out, request.param, skip_tokenizer=True)
+    assert manifest.tokenizers == {}  # the golden checkpoints have none
     return request.param, run_bundle(out, clip)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from ppllava_engines.bundle import Bundle
 from ppllava_export.checkpoint import load_checkpoint
 from ppllava_export.modules.model import PPLLaVA
 from ppllava_export.modules.pooling import strided_weighted_pool, token_weights
-from torch import Tensor
-from torch.nn import functional as F
 
 TOLERANCE = 1e-5
 BEGIN, END = 512, 513

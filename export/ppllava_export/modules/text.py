@@ -41,8 +41,8 @@ class TextEmbeddings(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         width = config.encoder.hidden_size
-        self.extended = config.extended
         self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding: nn.Parameter | nn.Embedding
         if config.extended:
             self.position_embedding = nn.Parameter(torch.zeros(config.positions, width))
             self.position_embedding_res = nn.Parameter(torch.zeros(config.positions, width))
@@ -51,14 +51,10 @@ class TextEmbeddings(nn.Module):
 
     def positions(self) -> Tensor:
         """Returns the position table (positions, width) in use."""
-        if not self.extended:
-            return self.position_embedding.weight
-        return torch.cat(
-            [
-                self.position_embedding[:KEPT_POSITIONS],
-                self.position_embedding_res[KEPT_POSITIONS:],
-            ]
-        )
+        table = self.position_embedding
+        if isinstance(table, nn.Embedding):
+            return table.weight
+        return torch.cat([table[:KEPT_POSITIONS], self.position_embedding_res[KEPT_POSITIONS:]])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Returns embeddings (batch, n, width) of ids (batch, n)."""

@@ -115,9 +115,7 @@ class _Cache:
         self._ones = np.ones((1, capacity), np.int64)
         dtype = np.dtype(spec.dtype).type
         self._logits = np.empty((1, 1, spec.vocab_size), dtype)
-        self._binding.bind_ortvalue_output(
-            "logits", ort.OrtValue.ortvalue_from_numpy(self._logits)
-        )
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
         shape = (1, spec.num_kv_heads, capacity, spec.head_dim)
         for layer in range(spec.num_layers):
             for part in ("key", "value"):

@@ -1,0 +1,207 @@
+"""The command line, as a person and as a program use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_videos import numbered_frames, write_audio, write_video
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("engines", "runtime"))
+# Says on stderr, as its last word, whether torch was imported; exits as the command does.
+CHAT = """
+import sys
+from ppllava_runtime.chat import run
+code = run()
+banned = {"torch", "transformers", "onnx", "ppllava_export"} & set(sys.modules)
+assert not banned, banned
+sys.exit(code)
+"""
+
+
+def chat(*arguments: object, typed: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", CHAT, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": PATHS},
+        input=typed,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    return write_video(path, numbered_frames(40), options={"g": "10"})
+
+
+def test_answers_a_question_without_torch(bundle: Path, clip: Path) -> None:
+    done = chat(bundle, clip, "What moves?", "--max-new-tokens", 12)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    assert done.stdout.count("\n") == 1
+
+
+def test_answers_a_program(bundle: Path, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    options = ("--frames", 6, "--start", 0.5, "--end", 1, "--tokens", 20, "--max-new-tokens", 7)
+    done = chat(bundle, clip, "What moves?", *options, "--json", "--heatmap", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    assert record["question"] == "What moves?"
+    assert record["answer"]
+    assert record["was_cut"] is True
+    assert record["heatmap"] == str(out)
+    assert out.is_file()
+    assert len(record["timestamps"]) == 6
+    assert 0.48 <= record["timestamps"][0] <= record["timestamps"][-1] <= 1
+    accounting = record["accounting"]
+    assert accounting["num_frames_encoded"] == 6
+    assert accounting["num_tokens_before"] == 96
+    assert 10 <= accounting["num_tokens_after"] <= 20
+    assert accounting["num_new_tokens"] == 7
+    assert accounting["milliseconds"]["total"] > accounting["milliseconds"]["first_token"] > 0
+
+
+def test_answers_many_questions(bundle: Path, clip: Path, tmp_path: Path) -> None:
+    film = tmp_path / "map.mp4"
+    typed = f"/heatmap {film}\nfirst?\n<image>\n/what\n/heatmap {film}\nsecond?\n/quit\nthird?\n"
+    options = ("--frames", 6, "--max-new-tokens", 5, "--json", "--kernel", "2,2,2")
+    done = chat(bundle, clip, *options, typed=typed)
+    assert done.returncode == 0
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["question"] for record in records] == ["first?", "second?"]
+    encoded = [record["accounting"]["num_frames_encoded"] for record in records]
+    assert encoded == [6, 0]
+    assert film.is_file()
+    assert done.stderr.splitlines() == [
+        "error: there is no answer yet to draw a heatmap of",
+        "error: the question contains the reserved '<image>': leave it out",
+        "error: /what is not understood: type a question, /heatmap PATH for the last answer, or an "
+        "empty line to end",
+    ]
+
+
+def test_ends_with_an_empty_line(bundle: Path, clip: Path) -> None:
+    done = chat(bundle, clip, "--frames", 4, "--max-new-tokens", 3, typed="one?\n\ntwo?\n")
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 1
+
+
+def test_goes_on_after_damage_with_a_warning(bundle: Path, tmp_path: Path) -> None:
+    path = write_video(
+        tmp_path / "clip.mp4",
+        numbered_frames(40),
+        options={"g": "10"},
+        container_options={"movflags": "faststart"},
+    )
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 7 // 10])
+    done = chat(bundle, path, "What moves?", "--max-new-tokens", 3)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert done.stderr.startswith(f"warning: video {path}: only ")
+    assert done.stderr.endswith(" of its 40 frames can be decoded, the rest is lost\n")
+
+
+class TestBadInput:
+    def assert_fails(
+        self, done: subprocess.CompletedProcess[str], code: int, sentence: str
+    ) -> None:
+        assert done.returncode == code
+        assert done.stderr == f"error: {sentence}\n"
+        assert done.stdout == ""
+
+    def test_video(self, bundle: Path, tmp_path: Path) -> None:
+        missing = tmp_path / "missing.mp4"
+        self.assert_fails(chat(bundle, missing, "?"), 66, f"video {missing}: no such file")
+        text = tmp_path / "text.mp4"
+        text.write_text("not a video", encoding="utf-8")
+        self.assert_fails(
+            chat(bundle, text, "?"),
+            65,
+            f"video {text}: not a video that can be read (Invalid data found when processing "
+            "input)",
+        )
+        audio = write_audio(tmp_path / "audio.mp4")
+        self.assert_fails(
+            chat(bundle, audio, "?"),
+            65,
+            f"video {audio}: it has no video stream (there is audio)",
+        )
+
+    def test_bundle(self, bundle: Path, clip: Path, tmp_path: Path) -> None:
+        missing = tmp_path / "missing"
+        self.assert_fails(chat(missing, clip, "?"), 66, f"bundle {missing}: no such folder")
+
+        old = tmp_path / "old"
+        shutil.copytree(bundle, old)
+        manifest = old / "manifest.json"
+        text = manifest.read_text(encoding="utf-8")
+        manifest.write_text(
+            text.replace('"schema_version": 1', '"schema_version": 99'), encoding="utf-8"
+        )
+        done = chat(old, clip, "?")
+        assert done.returncode == 78
+        assert "schema_version is 99, this release reads 1" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+        broken = tmp_path / "broken"
+        shutil.copytree(bundle, broken)
+        graph = broken / "graphs" / "vision.onnx"
+        graph.write_bytes(graph.read_bytes()[::-1])
+        done = chat(broken, clip, "?")
+        assert done.returncode == 65
+        assert "graphs/vision.onnx is damaged" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (("--frames", 0), "frames is 0, expected 1 or more"),
+            (("--frames", 65), "frames is 65, but checkpoint takes at most 64"),
+            (("--tokens", 0), "the number of tokens is 0, expected 1 or more"),
+            (("--temperature", -1), "temperature is -1.0, expected 0 or more"),
+            (
+                ("--heatmap", "map.gif"),
+                "heatmap map.gif: expected a name that ends in .png or .mp4",
+            ),
+            (
+                ("--tokens", 4, "--kernel", "1,1,1"),
+                "give a number of tokens or kernel and stride, not both",
+            ),
+        ],
+    )
+    def test_options(
+        self, bundle: Path, clip: Path, options: tuple[object, ...], sentence: str
+    ) -> None:
+        done = chat(bundle, clip, "What moves?", *options)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.endswith(f"{sentence}\n")
+
+    def test_kernel(self, bundle: Path, clip: Path) -> None:
+        done = chat(bundle, clip, "What moves?", "--kernel", "1,2")
+        assert done.returncode == 2
+        assert "--kernel: '1,2' is not three whole numbers: t,h,w" in done.stderr
+
+
+def test_begins_to_answer_soon(bundle: Path, clip: Path) -> None:
+    chat(bundle, clip, "What moves?", "--max-new-tokens", 1)  # brings the files into memory
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = chat(bundle, clip, "What moves?", "--max-new-tokens", 1)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    # Time of the processor and not of the clock: others may be busy on this machine.
+    spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert spent < 1.5

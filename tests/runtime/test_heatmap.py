@@ -1,0 +1,89 @@
+"""Heatmaps are files that show the warm spot where it is, or are not there at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ppllava_engines.errors import StorageError, UsageError
+from ppllava_runtime.heatmap import overlay, write_heatmap
+from ppllava_runtime.memory import thumbnails
+from ppllava_runtime.video import read_clip
+from tiny_videos import numbered_frames
+
+FRAMES = numbered_frames(5)
+TIMES = np.arange(5, dtype=np.float64) * 31.5
+RELEVANCE = np.random.default_rng(0).normal(0.1, 0.01, (5, 4, 6)).astype(np.float32)
+RELEVANCE[:, 1, 4] = 0.3
+
+
+def write(path: Path, question: str = "Where is it?") -> None:
+    write_heatmap(path, FRAMES, TIMES, RELEVANCE, question)
+
+
+def test_a_picture_shows_every_frame(tmp_path: Path) -> None:
+    write(tmp_path / "map.png", "Where is the circle, " * 40)
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.mode == "RGB"
+        assert picture.width > 5 * 160
+
+
+def test_a_film_shows_one_frame_after_the_other(tmp_path: Path) -> None:
+    write(tmp_path / "map.mp4")
+    clip = read_clip(tmp_path / "map.mp4", 5)
+    assert clip.info.num_frames == 5
+    assert clip.info.fps == 2
+    assert clip.info.damage is None
+
+
+def test_the_spot_is_warm_and_the_rest_is_not() -> None:
+    grey = np.full((40, 60, 3), 128, np.uint8)
+    pixels = np.asarray(overlay(grey, RELEVANCE[0], (0.1, 0.3), (60, 40))).astype(int)
+    redness = pixels[..., 0] - pixels[..., 2]
+    assert redness[15, 45] > 60
+    assert abs(redness[:, :30]).max() < 20
+    assert pixels[:, :30].mean() < 100
+
+
+def test_relevance_that_is_the_same_everywhere_is_cold(tmp_path: Path) -> None:
+    flat = np.full_like(RELEVANCE, 0.2)
+    write_heatmap(tmp_path / "map.png", FRAMES, TIMES, flat, "Nothing?")
+    assert (tmp_path / "map.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["map.png", "map.mp4"])
+def test_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"before")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ppllava_runtime.heatmap._draw_legend", fail)
+        with pytest.raises(RuntimeError, match="half-way"):
+            write(path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+    write(path)
+    assert len(path.read_bytes()) > 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected a name that ends in \.png or \.mp4"):
+        write(tmp_path / "map.gif")
+    with pytest.raises(StorageError, match="cannot write there"):
+        write(tmp_path / "nowhere" / "map.png")
+
+
+def test_thumbnails_are_small_and_keep_the_proportions() -> None:
+    large = np.zeros((2, 1080, 1920, 3), np.uint8)
+    assert thumbnails(large).shape == (2, 270, 480, 3)
+    assert thumbnails(FRAMES) is FRAMES

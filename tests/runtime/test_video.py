@@ -1,0 +1,380 @@
+"""Exactly the right frames out of any file, and one clear sentence where there are none."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ppllava_engines.errors import (
+    DataError,
+    NotFoundError,
+    PPLLaVAError,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
+from ppllava_runtime.video import Clip, choose_frames, read_clip
+from tiny_videos import decode_all, numbered_frames, read_number, write_audio, write_video
+
+VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
+FRAMES = numbered_frames(60)
+SPANS = ((1, None, None), (8, None, None), (3, 0.9, 1.1), (5, 2.0, None), (80, None, 1.0))
+
+
+@pytest.fixture(scope="module")
+def real() -> Path:
+    if not VIDEOS.is_dir():
+        pytest.skip(f"no real clips: {VIDEOS} is not here")
+    return VIDEOS
+
+
+def assert_same_as_decoding_all(path: Path, *, numbered: bool = True) -> list[Clip]:
+    sequence = [frame.to_ndarray(format="rgb24") for frame in decode_all(path)]
+    clips = []
+    for num_frames, start, end in SPANS:
+        if start is not None and round(start * 25) >= len(sequence):
+            continue
+        clip = read_clip(path, num_frames, start, end)
+        assert clip.info.num_frames == len(sequence)
+        assert len(clip.frames) == num_frames == len(clip.info.timestamps)
+        for index, frame in zip(clip.info.indices, clip.frames, strict=True):
+            np.testing.assert_array_equal(frame, sequence[index])
+            assert not numbered or read_number(frame) == index
+        clips.append(clip)
+    return clips
+
+
+class TestChoice:
+    def test_is_the_rule_of_the_published_model(self) -> None:
+        # Worked out by hand: seg = 9/4 = 2.25, int(1.125 + round(2.25 i)), round half to even.
+        assert choose_frames(10, 4) == (1, 3, 5, 8)
+        # seg = 2.5 and round(2.5) = 2, round(7.5) = 8.
+        assert choose_frames(11, 4) == (1, 3, 6, 9)
+        assert choose_frames(1, 3) == (0, 0, 0)
+
+    def test_repeats_frames_of_a_video_shorter_than_the_choice(self) -> None:
+        # seg = 2/8, and 0.125 + round(0.25 i).
+        assert choose_frames(3, 8) == (0, 0, 0, 1, 1, 1, 2, 2)
+
+    def test_stays_in_the_span(self) -> None:
+        # round(1.02 * 25) = round(25.5) = 26, round(2 * 25) = 50, seg = 24 / 4.
+        assert choose_frames(100, 4, 25, 1.02, 2) == (29, 35, 41, 47)
+        assert choose_frames(100, 2, 25, 3, 1000) == (81, 93)
+        assert choose_frames(100, 2, 25, 1, 1) == (25, 25)
+
+    @given(
+        num_frames=st.integers(1, 5000),
+        num_chosen=st.integers(1, 64),
+        fps=st.floats(1, 120),
+        start=st.none() | st.floats(0, 100),
+        length=st.none() | st.floats(0, 100),
+    )
+    def test_is_in_order_and_in_range(
+        self,
+        num_frames: int,
+        num_chosen: int,
+        fps: float,
+        start: float | None,
+        length: float | None,
+    ) -> None:
+        end = None if length is None else (start or 0) + length
+        try:
+            chosen = choose_frames(num_frames, num_chosen, fps, start, end)
+        except UsageError:
+            assert start is not None
+            assert round(start * fps) > num_frames - 1
+            return
+        assert len(chosen) == num_chosen
+        assert list(chosen) == sorted(chosen)
+        assert chosen[0] >= round((start or 0) * fps)
+        assert chosen[-1] <= num_frames - 1
+
+    @pytest.mark.parametrize(
+        ("num_chosen", "start", "end", "sentence"),
+        [
+            (0, None, None, "frames is 0, expected 1 or more"),
+            (4, -1, None, "the span starts at -1 s, expected 0 or more"),
+            (4, float("nan"), None, "the span starts at nan s, expected 0 or more"),
+            (4, 2, 1, "the span ends at 1 s, expected its start 2 s or more"),
+            (4, 9, None, "the span starts at 9 s, but the last frame of the video is at 3.96 s"),
+        ],
+    )
+    def test_refuses(
+        self, num_chosen: int, start: float | None, end: float | None, sentence: str
+    ) -> None:
+        with pytest.raises(UsageError) as caught:
+            choose_frames(100, num_chosen, 25, start, end)
+        assert str(caught.value) == sentence
+
+
+class TestFrames:
+    @pytest.mark.parametrize(
+        ("name", "codec", "options"),
+        [
+            ("one_gop.mp4", "libx264", {"g": "250", "bf": "3"}),
+            ("many_gops.mp4", "libx264", {"g": "12", "bf": "3"}),
+            ("open_gops.mp4", "libx264", {"x264-params": "open-gop=1:bframes=3:keyint=12"}),
+            ("open_gops.mkv", "libx264", {"x264-params": "open-gop=1:bframes=3:keyint=12"}),
+            ("open_gops.ts", "libx264", {"x264-params": "open-gop=1:bframes=3:keyint=12"}),
+            ("no_keyframes.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=20"}),
+            ("flash.flv", "libx264", {"g": "12", "bf": "3"}),
+            ("no_times.h264", "libx264", {"g": "12", "bf": "3"}),
+            ("old.avi", "mpeg4", {"g": "12", "bf": "2"}),
+            ("broadcast.ts", "mpeg2video", {"g": "12", "bf": "2"}),
+            ("motion.avi", "mjpeg", {}),
+            ("drawing.gif", "gif", {}),
+            ("hidden.webm", "libvpx", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "10"}),
+            ("new.mp4", "libx265", {"x265-params": "keyint=12:open-gop=1:log-level=none"}),
+        ],
+    )
+    def test_are_those_of_decoding_all(
+        self, tmp_path: Path, name: str, codec: str, options: dict[str, str]
+    ) -> None:
+        path = write_video(tmp_path / name, FRAMES, codec=codec, options=options)
+        assert_same_as_decoding_all(path)
+
+    def test_with_uneven_times_carry_their_own(self, tmp_path: Path) -> None:
+        times = [2 * i + (i % 3 == 0) for i in range(60)]
+        path = write_video(tmp_path / "clip.mp4", FRAMES, options={"g": "12"}, times=times)
+        for clip in assert_same_as_decoding_all(path):
+            expected = [(times[index] - times[0]) / 25 for index in clip.info.indices]
+            np.testing.assert_allclose(clip.info.timestamps, expected, atol=1e-9)
+
+    def test_before_an_edit_list_begins_do_not_count(self, tmp_path: Path) -> None:
+        times = list(range(-7, 53))
+        path = write_video(tmp_path / "clip.mp4", FRAMES, options={"g": "12"}, times=times)
+        clip = assert_same_as_decoding_all(path, numbered=False)[0]
+        assert clip.info.num_frames == 53
+        assert clip.info.damage is None
+
+    def test_are_found_by_seeking(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "clip.mp4", FRAMES, options={"g": "6", "bf": "0"})
+        info = read_clip(path, 4).info
+        assert info.num_decoded == sum(index % 6 + 1 for index in info.indices)
+
+    def test_are_not_all_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_video(tmp_path / "clip.mp4", FRAMES, options={"g": "250"})
+        converted: list[av.VideoFrame] = []
+
+        def convert(frame: av.VideoFrame, width: int, height: int) -> np.ndarray[Any, Any]:
+            converted.append(frame)
+            return np.zeros((height, width, 3), np.uint8)
+
+        monkeypatch.setattr("ppllava_runtime.video.upright", convert)
+        read_clip(path, 5)
+        assert len(converted) == 5
+
+    def test_come_with_times_and_rate(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "clip.mp4", FRAMES, fps=10, audio=True)
+        info = read_clip(path, 3, start=1).info
+        assert info.fps == 10
+        # round(1 · 10) = 10, last 59, seg = 49/3: int(8.17 + round(16.33 i)).
+        assert info.indices == (18, 34, 51)
+        np.testing.assert_allclose(info.timestamps, [1.8, 3.4, 5.1])
+
+    # Where the nine numbers send a pixel, and what a player's turn is in numpy's words.
+    @pytest.mark.parametrize(
+        ("a", "b", "c", "d", "turn"),
+        [
+            (0, 1, -1, 0, lambda x: np.rot90(x, -1)),
+            (0, -1, 1, 0, lambda x: np.rot90(x, 1)),
+            (-1, 0, 0, -1, lambda x: np.rot90(x, 2)),
+            (-1, 0, 0, 1, np.fliplr),
+            (1, 0, 0, -1, np.flipud),
+            (0, 1, 1, 0, lambda x: x.transpose(1, 0, 2)),
+            (0, -1, -1, 0, lambda x: np.rot90(x, 2).transpose(1, 0, 2)),
+        ],
+    )
+    def test_are_turned_upright(
+        self, tmp_path: Path, a: int, b: int, c: int, d: int, turn: Callable[[Any], Any]
+    ) -> None:
+        one = 1 << 16
+        matrix = (a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+        plain = read_clip(write_video(tmp_path / "plain.mp4", FRAMES[:9]), 2).frames
+        path = write_video(tmp_path / "turned.mp4", FRAMES[:9], display_matrix=matrix)
+        turned = read_clip(path, 2).frames
+        np.testing.assert_array_equal(turned, np.stack([turn(frame) for frame in plain]))
+
+    def test_of_real_clips_are_those_of_decoding_all(self, real: Path) -> None:
+        counts = {
+            "av1_video.mkv": 125,
+            "h264_10bits.mp4": 30,
+            "h265_video.mp4": 10,
+            "nasa_13013.mp4": 325,
+            "unordered.mov": 4,
+        }
+        for name, count in counts.items():
+            for clip in assert_same_as_decoding_all(real / name, numbered=False):
+                assert clip.info.num_frames == count
+                assert clip.info.damage is None
+
+    def test_of_real_phones_are_upright(self, real: Path) -> None:
+        # Three shots of one keyboard, held three ways: the letters must stand on their feet, and
+        # the light falls from the top left in all three.
+        for name, turns in (("video_0", 0), ("video_90", -1), ("video_270", 1)):
+            path = real / f"{name}.mov"
+            expected = [
+                np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in decode_all(path)
+            ]
+            np.testing.assert_array_equal(read_clip(path, 3).frames[0], expected[0])
+
+
+class TestDamage:
+    def test_in_the_middle_costs_what_it_hits(self, real: Path) -> None:
+        clip = read_clip(real / "corrupted.mp4", 8)
+        assert clip.info.num_frames == 49
+        assert clip.info.damage is not None
+        assert clip.info.damage.endswith(
+            "only 49 of its 50 frames can be decoded, the rest is lost"
+        )
+
+    def test_at_the_end_costs_the_end(self, tmp_path: Path) -> None:
+        whole = write_video(
+            tmp_path / "whole.mp4",
+            FRAMES,
+            options={"g": "12"},
+            container_options={"movflags": "faststart"},
+        ).read_bytes()
+        path = tmp_path / "half.mp4"
+        path.write_bytes(whole[: len(whole) * 6 // 10])
+        clip = read_clip(path, 4)
+        assert 10 < clip.info.num_frames < 50
+        assert [read_number(frame) for frame in clip.frames] == list(clip.info.indices)
+        assert clip.info.damage == (
+            f"video {path}: only {clip.info.num_frames} of its 60 frames can be decoded, the rest "
+            "is lost"
+        )
+
+    def test_in_the_count_is_told(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "lie.avi", FRAMES, codec="mjpeg")
+        data = bytearray(path.read_bytes())
+        struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 500)
+        path.write_bytes(data)
+        clip = read_clip(path, 4)
+        assert clip.info.num_frames == 60
+        assert str(clip.info.damage).endswith(
+            "only 60 of its 500 frames can be decoded, the rest is lost"
+        )
+
+    def test_in_the_rate_is_mended(self, tmp_path: Path) -> None:
+        # Matroska keeps times in milliseconds and here no duration of a frame.
+        path = write_video(tmp_path / "clip.mkv", FRAMES[:20], times=[i * 50 for i in range(20)])
+        assert read_clip(path, 2).info.fps == pytest.approx(0.5)
+
+
+def _text(path: Path) -> None:
+    path.write_text("This is not a video.\n" * 99, encoding="utf-8")
+
+
+def _cut_before_its_index(path: Path) -> None:
+    data = write_video(path, FRAMES).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _garbage(path: Path) -> None:
+    data = bytearray(write_video(path, FRAMES).read_bytes())
+    begin, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    data[begin:end] = np.random.default_rng(0).bytes(end - begin)
+    path.write_bytes(data)
+
+
+def _unknown_codec(path: Path) -> None:
+    data = write_video(path, FRAMES[:9]).read_bytes()
+    path.write_bytes(data.replace(b"avc1\0\0\0", b"zzzz\0\0\0"))
+
+
+CANNOT_READ = "not a video that can be read (Invalid data found when processing input)"
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("make", "kind", "sentence"),
+        [
+            (_text, DataError, CANNOT_READ),
+            (lambda path: path.write_bytes(b""), DataError, CANNOT_READ),
+            (_cut_before_its_index, DataError, CANNOT_READ),
+            (write_audio, DataError, "it has no video stream (there is audio)"),
+            (
+                lambda path: write_video(path, FRAMES[:0]),
+                DataError,
+                "it has no video stream (there is no stream)",
+            ),
+            (
+                lambda path: write_video(
+                    path, FRAMES[:0], container_options={"movflags": "empty_moov"}
+                ),
+                DataError,
+                "it holds no frame that can be decoded",
+            ),
+            (_garbage, DataError, "it holds no frame that can be decoded"),
+            (_unknown_codec, UnavailableError, "FFmpeg here has no decoder for its codec"),
+            (lambda _: None, NotFoundError, "no such file"),
+            (lambda path: path.mkdir(), DataError, "not a file"),
+        ],
+    )
+    def test_is_one_clear_sentence(
+        self,
+        tmp_path: Path,
+        make: Callable[[Path], object],
+        kind: type[PPLLaVAError],
+        sentence: str,
+    ) -> None:
+        path = tmp_path / "clip.mp4"
+        make(path)
+        with pytest.raises(kind) as caught:
+            read_clip(path, 4)
+        assert type(caught.value) is kind
+        assert str(caught.value) == f"video {path}: {sentence}"
+
+    def test_music_with_a_cover_is_no_video(self, tmp_path: Path) -> None:
+        path = tmp_path / "song.mp4"
+        with av.open(str(path), "w") as container:
+            cover: Any = container.add_stream("mjpeg", rate=1)
+            cover.width, cover.height, cover.pix_fmt = 96, 64, "yuvj420p"
+            cover.disposition = av.stream.Disposition.attached_pic
+            picture = av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24")
+            container.mux(cover.encode(picture))
+            container.mux(cover.encode(None))
+        with pytest.raises(DataError, match="it has no video stream"):
+            read_clip(path, 4)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+    def test_without_permission(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "clip.mp4", FRAMES[:3])
+        path.chmod(0)
+        with pytest.raises(StorageError, match="no permission to read it"):
+            read_clip(path, 4)
+
+    def test_a_name_is_never_a_protocol(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_video(Path("clip.mp4"), FRAMES[:9]).rename("concat:clip.mp4")
+        assert read_clip("concat:clip.mp4", 2).info.num_frames == 9
+
+
+class TestImages:
+    def test_are_one_frame_upright(self, tmp_path: Path) -> None:
+        picture = Image.fromarray(FRAMES[5])
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown after a quarter turn clockwise
+        picture.save(tmp_path / "image.png", exif=exif)
+        clip = read_clip(tmp_path / "image.png", 8)
+        np.testing.assert_array_equal(clip.frames, np.rot90(FRAMES[5], -1)[None])
+        assert clip.info.is_still
+
+    def test_that_are_none_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "image.png"
+        path.write_bytes(b"no image")
+        with pytest.raises(DataError, match=r"image .*: not an image that can be read"):
+            read_clip(path, 1)

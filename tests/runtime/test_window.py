@@ -1,0 +1,86 @@
+"""How a budget of tokens becomes kernel and stride."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppllava_engines.errors import UsageError
+from ppllava_runtime.window import Axes, Window, choose_window, window_within
+
+DEFAULT = Window((2, 3, 3), (2, 3, 3))
+FULL: Axes = (32, 24, 24)
+
+axes = st.tuples(st.integers(1, 32), st.integers(1, 27), st.integers(1, 27))
+
+
+def test_the_published_budget_gives_the_published_window() -> None:
+    assert window_within(1024, FULL, DEFAULT) == DEFAULT
+    assert DEFAULT.output(FULL) == (16, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("budget", "output"),
+    [
+        (1, (1, 1, 1)),
+        (64, (7, 3, 3)),
+        (128, (8, 4, 4)),
+        (256, (10, 5, 5)),
+        (512, (10, 7, 7)),
+        (2048, (16, 11, 11)),
+        (10**6, FULL),
+    ],
+)
+def test_a_budget_keeps_the_proportions(budget: int, output: Axes) -> None:
+    assert window_within(budget, FULL, DEFAULT).output(FULL) == output
+
+
+@given(budget=st.integers(1, 3000), size=axes)
+def test_a_budget_is_kept_and_no_token_left_out(budget: int, size: Axes) -> None:
+    window = window_within(budget, size, DEFAULT)
+    assert 1 <= window.num_tokens(size) <= budget
+    for i, k, s, o in zip(size, window.kernel, window.stride, window.output(size), strict=True):
+        assert (o - 1) * s + k == i
+        assert s <= k <= 2 * s
+
+
+@given(size=axes)
+def test_a_budget_for_everything_takes_everything(size: Axes) -> None:
+    assert window_within(math.prod(size), size, DEFAULT) == Window((1, 1, 1), (1, 1, 1))
+
+
+def test_the_default_shrinks_to_fit() -> None:
+    assert choose_window((1, 2, 24), DEFAULT).output((1, 2, 24)) == (1, 1, 8)
+
+
+def test_kernel_and_stride_stand_for_each_other() -> None:
+    assert choose_window(FULL, DEFAULT, kernel=(4, 4, 4)) == Window((4, 4, 4), (4, 4, 4))
+    assert choose_window(FULL, DEFAULT, stride=(4, 4, 4)) == Window((4, 4, 4), (4, 4, 4))
+    assert choose_window(FULL, DEFAULT, (4, 4, 4), (2, 2, 2)) == Window((4, 4, 4), (2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "num_tokens", "sentence"),
+    [
+        ((2, 3, 3), None, 9, "give a number of tokens or kernel and stride, not both"),
+        (None, None, 0, "the number of tokens is 0, expected 1 or more"),
+        ((2, 0, 3), None, None, "kernel is 2,0,3, expected three numbers of 1 or more"),
+        ((1, 1, 1), (1, 1, -1), None, "stride is 1,1,-1, expected three numbers of 1 or more"),
+        (
+            (33, 1, 1),
+            None,
+            None,
+            "kernel 33,1,1 does not fit into the 32,24,24 tokens (frames,rows,columns) of this "
+            "video: make it smaller or sample more frames",
+        ),
+    ],
+)
+def test_refuses(
+    kernel: Axes | None, stride: Axes | None, num_tokens: int | None, sentence: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        choose_window(FULL, DEFAULT, kernel, stride, num_tokens)
+    assert str(caught.value) == sentence
