@@ -1,5 +1,5 @@
 #!/bin/sh
-# Exports the committed checkpoint and asks three questions about the committed video.
+# Exports the committed checkpoint and asks four questions about the committed video.
 set -eu
 here=$(dirname "$0")
 out=${1:-build}

@@ -7,6 +7,7 @@ share a clip, as they do at run time.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ _TO_1: Pooling = ((8, 9, 9), (8, 9, 9))
 class Curriculum:
     """What is asked and at which budgets: relative shares of questions and of steps.
 
-    `average_share` of the steps pool by plain averages, so that comparing with them is fair.
+    `average_share` of the steps pool by plain averages, so that the decoder knows such tokens too.
     """
 
     kinds: dict[str, float]
@@ -105,12 +106,16 @@ def clip_moments(seed: int) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def encode_clips(model: PPLLaVA, seeds: range, file: Path) -> NDArray[np.float16]:
-    """Returns patch tokens (clips, T, L, C) of every seed, memory-mapped from `file`.
+def encode_clips(model: PPLLaVA, seeds: range, folder: Path) -> NDArray[np.float16]:
+    """Returns patch tokens (clips, T, L, C) of every seed, memory-mapped from a file in `folder`.
 
-    The file is made once, under another name until it is whole.
+    The file is made once per tower, which its name tells, and has another name until it is whole.
     """
     tower = model.vision_tower.vision_model
+    digest = hashlib.sha256()
+    for tensor in tower.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    file = folder / f"tokens-{digest.hexdigest()[:12]}.npy"
     h, w = model.config.grid
     shape = (len(seeds), NUM_FRAMES, h * w, model.config.vision.encoder.hidden_size)
     if not file.exists():

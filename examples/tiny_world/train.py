@@ -25,7 +25,7 @@ FIRST_SEED = {"contrastive": 10_000_000, "instruct": 20_000_000, "dpo": 30_000_0
 SCHEDULES = {
     "contrastive": Schedule(steps=1700, learning_rate=1e-3),
     "instruct": Schedule(steps=3000, learning_rate=1.5e-3),
-    "dpo": Schedule(steps=200, learning_rate=1e-4),
+    "dpo": Schedule(steps=150, learning_rate=1e-4),
 }
 TRAIN_CLIPS = range(40_000_000, 40_000_000 + 14_000)
 
@@ -45,7 +45,7 @@ def load_stage(folder: Path, stage: str) -> PPLLaVA:
 
 
 def run_contrastive(folder: Path, schedule: Schedule) -> None:
-    """Stage 1: both towers learn that patches and the words for them belong together."""
+    """Writes contrastive.pt: towers that know which words belong to which patches (stage 1)."""
     vocabulary = Vocabulary(folder)
     model = fresh_model(model_config(vocabulary), seed=0)
     first = [contrastive.make_batch(FIRST_SEED["contrastive"] - 1 - i).frames for i in range(16)]
@@ -72,10 +72,10 @@ def run_contrastive(folder: Path, schedule: Schedule) -> None:
 
 
 def run_over_tokens(stage: str, before: str, folder: Path, schedule: Schedule) -> None:
-    """Stages 2 and 3: projector and decoder learn to answer, towers stay as they are."""
+    """Writes STAGE.pt: a projector and decoder that answer (stages 2 and 3), towers as before."""
     vocabulary = Vocabulary(folder)
     model = load_stage(folder, before)
-    tokens = instruct.encode_clips(model, TRAIN_CLIPS, folder / "tokens.npy")
+    tokens = instruct.encode_clips(model, TRAIN_CLIPS, folder)
     if stage == "instruct":
         instruct.condition_projector(model, tokens)
     projector = model.multi_modal_projector

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ppllava_export.modules.config import Window
 from tiny_world.contrastive import patch_cover
-from tiny_world.model import FRAME_SIZE, NUM_FRAMES
+from tiny_world.instruct import Batch, pool_batch, relevance_of
+from tiny_world.model import FRAME_SIZE, NUM_FRAMES, Vocabulary, fresh_model, model_config
 from tiny_world.questions import KINDS, ask
 from tiny_world.training import Schedule, train
 from tiny_world.vocabulary import decoder_tokenizer, text_tokenizer
@@ -105,6 +107,34 @@ def test_tokenizers_can_write_anything(text: str) -> None:
     pieces = words.encode(text).tokens
     assert pieces[0] == "<|startoftext|>"
     assert pieces[1:].count("<|endoftext|>") == 1  # and so no unknown, which has the same name
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((2, 3, 3),) * 2, ((2, 5, 5), (2, 4, 4))])
+def test_training_pools_as_the_product_does(kernel: Window, stride: Window, tmp_path: Path) -> None:
+    vocabulary = Vocabulary(tmp_path)
+    model = fresh_model(model_config(vocabulary), seed=0)
+    tokens = torch.randn(2, 4, 81, 128, generator=torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(0)
+    asked = [ask(sample_clip(seed), "shape", rng) for seed in (0, 1, 2)]
+    questions = [question for question in asked if question is not None]
+    batch = Batch(tokens.half(), questions, torch.tensor([0, 1, 1]))
+    projector = model.multi_modal_projector
+    with torch.no_grad():
+        relevance = relevance_of(model, vocabulary, batch)
+        guided = pool_batch(model, batch, relevance, kernel, stride, guided=True)
+        average = pool_batch(model, batch, relevance, kernel, stride, guided=False)
+        for i, question in enumerate(questions):
+            clip = batch.tokens[batch.clip_of[i]].float()
+            ids = torch.tensor([vocabulary.text.encode(question.text).ids])
+            embed = projector.text_embed(ids)
+            keys, hidden = projector.keys(clip), projector.hidden(clip)
+            pooled, mapped = projector.pool(keys, hidden, embed, (9, 9), kernel, stride)
+            torch.testing.assert_close(relevance[i], mapped, atol=1e-5, rtol=0)
+            torch.testing.assert_close(guided[i], pooled, atol=1e-5, rtol=0)
+            cube = hidden.view(1, 4, 9, 9, -1).movedim(-1, 1)
+            mean = nn.functional.avg_pool3d(cube, kernel, stride).flatten(2)[0].T
+            expected = projector.linear_2(mean)
+            torch.testing.assert_close(average[i], expected, atol=1e-5, rtol=0)
 
 
 class _Interrupted(Exception):
