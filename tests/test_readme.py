@@ -27,6 +27,14 @@ def test_the_two_commands_are_there_and_are_targets() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "examples/tiny_world/README.md"])
+def test_links_lead_to_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not ((ROOT / page).parent / link).is_file()]
+    assert missing == []
+
+
 @pytest.mark.slow
 def test_every_block_runs(tmp_path: Path) -> None:
     """Runs in a folder that has the repository's examples and none of its source."""

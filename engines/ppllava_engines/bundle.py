@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+_KEYS = ("schema_version", "graphs", "decoder")  # of a manifest of any version
 FAMILIES = ("clip",)
 DTYPES = ("float32", "float16", "int64", "int32", "uint8", "int8", "bool")
 
@@ -376,7 +377,7 @@ def new_bundle(out: str | Path, overwrite: bool) -> Iterator[Path]:
         StorageError: Writing failed.
         UsageError: `out` is there already, and is no bundle or `overwrite` is false.
     """
-    with replaced_folder(Path(out), overwrite, mark=MANIFEST) as staging:
+    with replaced_folder(Path(out), overwrite, MANIFEST, _KEYS) as staging:
         yield staging
         Bundle.open(staging)
 

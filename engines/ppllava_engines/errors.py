@@ -15,14 +15,18 @@ A message is one sentence: the stage, the name, what was got, what was expected,
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 DEBUG_VARIABLE = "PPLLAVA_DEBUG"
 EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
+EXIT_TERMINATED = 128 + 15
 
 
 class PPLLaVAError(Exception):
@@ -78,14 +82,16 @@ def run_command(
 ) -> int:
     """The exit code of a command line, after any failure was told in one sentence on stderr.
 
-    A traceback is printed only when the environment variable PPLLAVA_DEBUG is "1". Raises nothing.
+    A traceback is printed only when the environment variable PPLLAVA_DEBUG is "1". SIGTERM ends the
+    command as Ctrl-C does, so that it removes what is unfinished. Raises nothing.
 
     Args:
         main: The command: takes its arguments, returns its exit code (None means 0).
         argv: The arguments without the program's name; None takes them from the process.
     """
     try:
-        code = main(sys.argv[1:] if argv is None else argv)
+        with _unwinding_on_sigterm():
+            code = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # a reader that went away must show here, not at interpreter exit
         return code or 0
     except SystemExit as exit_:  # argparse has already said what there is to say
@@ -104,6 +110,20 @@ def run_command(
     except Exception as error:
         sentence = f"{type(error).__name__}: {error} (a bug; {DEBUG_VARIABLE}=1 shows where)"
         return _report(sentence, InternalError.exit_code)
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM raise SystemExit in the block, unless someone has decided about it already."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _report(sentence: str, exit_code: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ppllava_engines.errors import StorageError, UsageError
@@ -20,47 +21,71 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 @contextmanager
-def replaced_folder(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+def replaced_folder(out: Path, overwrite: bool, mark: str, keys: Iterable[str]) -> Iterator[Path]:
     """An empty staging folder beside `out`, which takes its place when the block ends well.
+
+    Folders above `out` are made where they are missing, and are gone again when the block fails.
 
     Args:
         out: The folder to make.
         overwrite: Whether a folder that is there may be replaced.
-        mark: A file that such a folder has; one without it is someone else's and stays.
+        mark: A file that such a folder has, a JSON object.
+        keys: What that object has at least; a folder without is someone else's and stays.
 
     Raises:
         StorageError: Making, syncing or moving a folder failed.
         UsageError: `out` is there and may not be replaced.
     """
     out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clean(out)
-        _check_replaceable(out, overwrite, mark)
-        staging, lock = _new_staging(out)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot make a folder beside it: {error}") from error
-    try:
+    keys = set(keys)
+    with ExitStack() as undo:
+        try:
+            undo.callback(_remove_empty, [path for path in out.parents if not path.exists()])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _clean(out)
+            _check_replaceable(out, overwrite, mark, keys)
+            staging, lock = _new_staging(out)
+            undo.callback(os.close, lock)
+            # By then it is the unfinished folder, or the old one that was swapped out.
+            undo.callback(shutil.rmtree, staging, ignore_errors=True)
+        except OSError as error:
+            raise StorageError(f"{out}: cannot make a folder beside it: {error}") from error
         yield staging
         try:
             _sync(staging)
-            _check_replaceable(out, overwrite, mark)
+            _check_replaceable(out, overwrite, mark, keys)
             _put_in_place(staging, out)
         except OSError as error:
             raise StorageError(f"{out}: cannot put the new folder in place: {error}") from error
-    finally:
-        # What is here now is the unfinished folder, or the old one that was swapped out.
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(lock)
 
 
-def _check_replaceable(out: Path, overwrite: bool, mark: str) -> None:
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty, or not made after all
+            folder.rmdir()
+
+
+def _check_replaceable(out: Path, overwrite: bool, mark: str, keys: set[str]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / mark).is_file():
-        raise UsageError(f"{out} is there and has no {mark}, so it is not replaced: choose another")
+    if not _has_keys(out / mark, keys):
+        raise UsageError(
+            f"{out} is there and has no {mark} with {', '.join(sorted(keys))}, so it is not "
+            "replaced: choose another"
+        )
     if not overwrite:
         raise UsageError(f"{out} is there already: choose another, or ask to overwrite it")
+
+
+def _has_keys(path: Path, keys: set[str]) -> bool:
+    """Whether `path` is a JSON object with these keys; many programs have a manifest.json."""
+    if not path.is_file():
+        return False
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and keys <= value.keys()
 
 
 def _new_staging(out: Path) -> tuple[Path, int]:

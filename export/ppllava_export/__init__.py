@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
     from ppllava_engines.bundle import Manifest
 
-__version__ = "0.1.0"
-
 Precision = Literal["fp32", "fp16"]
 STAGES = (
     "checkpoint",

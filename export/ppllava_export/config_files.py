@@ -77,7 +77,8 @@ class CheckpointFiles:
 
     Attributes:
         folder: The checkpoint.
-        clip: The folder that `clip_weight` names, or None where only its name is known.
+        clip: The folder that `clip_weight` names, which need not be there when that is the name of
+            a model on a hub; None without `clip_weight`.
         num_frames: Frames to take of a video unless told otherwise: `num_frames` of
             preprocessor_config.json, else what the published checkpoints were trained with.
     """
@@ -93,7 +94,7 @@ def read_model_config(folder: Path, shapes: Shapes) -> tuple[ModelConfig, Checkp
     Args:
         folder: Holds config.json and maybe generation_config.json, preprocessor_config.json.
         shapes: Gives the tensors' shapes by name; called only when `clip_weight` names neither a
-            folder nor a known tower.
+            folder that is there nor a known tower.
 
     Raises:
         DataError: Malformed JSON, or a field that is missing or not what it must be.
@@ -174,23 +175,25 @@ def _clip_folder(config: Section, folder: Path) -> Path | None:
         return None
     if not isinstance(name, str):
         raise config.wrong("clip_weight", name, "a folder or the name of a CLIP model")
-    candidate = folder / name  # an absolute name stands for itself
-    return candidate if candidate.is_dir() else None
+    return folder / name  # an absolute name stands for itself
 
 
 def _clip_section(config: Section, clip: Path | None, shapes: Shapes) -> Section:
-    if clip is not None:
+    preset = _CLIP_PRESETS.get(clip.name) if clip else None
+    if clip is not None and clip.is_dir() and not (preset and not (clip / "config.json").exists()):
         section = Section.read(clip / "config.json")
         if (kind := section.get("model_type", "clip")) != "clip":
             raise IncompatibleError(f"{section.where}: model_type is {kind!r}, expected 'clip'")
         return section
-    name = str(config.get("clip_weight", "")).rstrip("/").rpartition("/")[2]
-    if name in _CLIP_PRESETS:
-        return Section(_CLIP_PRESETS[name], name)
-    return Section(_clip_from_shapes(shapes(), config.where), "tensor shapes")
+    if clip is not None and preset is not None:
+        return Section(preset, clip.name)
+    remedy = f"put CLIP's config.json into {clip or 'a folder and name it by clip_weight'}"
+    return Section(_clip_from_shapes(shapes(), config.where, remedy), "tensor shapes")
 
 
-def _clip_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
+def _clip_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], where: str, remedy: str
+) -> dict[str, Any]:
     """Returns the text tower's config as far as its tensors show it: heads are of 64 channels."""
     try:
         vocab_size, width = shapes[f"{_CLIP_PREFIX}embeddings.token_embedding.weight"]
@@ -199,12 +202,12 @@ def _clip_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict
     except (KeyError, ValueError) as error:
         raise NotFoundError(
             f"{where}: clip_weight names no folder here and the checkpoint has no CLIP text tower "
-            "to tell its sizes from: put the folder with CLIP's config.json where it says"
+            f"to tell its sizes from: {remedy}"
         ) from error
     if width % _CLIP_HEAD_DIM:
         raise NotFoundError(
             f"{where}: clip_weight names no folder here, and a text tower {width} channels wide "
-            "does not show its number of heads: put the folder with CLIP's config.json there"
+            f"does not show its number of heads: {remedy}"
         )
     table = f"{_CLIP_PREFIX}embeddings.position_embedding"
     rows = shapes[table][0] if table in shapes else shapes.get(f"{table}.weight", (77,))[0]

@@ -20,7 +20,7 @@ from ppllava_engines.bundle import (
 )
 from ppllava_engines.errors import UsageError
 
-from . import Precision, __version__
+from . import Precision
 from .checkpoint import Checkpoint, load_checkpoint
 from .config_files import text_token_ids
 from .decoder import export_decoder
@@ -31,7 +31,15 @@ from .quiet import quiet
 from .tokenizer_files import read_tokenizers
 
 _CHAT_TEMPLATE = "USER: <image>\n{question} ASSISTANT: "
-_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
+_TOOLS = (
+    "ppllava-edge",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
 
 
 def export(
@@ -120,7 +128,7 @@ def _manifest(
         precision=precision,
         tokenizers=tokenizers,
         files=hash_files(staging),
-        exporter={"ppllava-edge": __version__, **_versions()},
+        exporter=_versions(),
         source_sha256=checkpoint.weights.sha256(),
     )
 
@@ -130,6 +138,6 @@ def _versions() -> dict[str, str]:
     for tool in _TOOLS:
         try:
             found[tool] = version(tool)
-        except PackageNotFoundError:  # installed without metadata
+        except PackageNotFoundError:  # run from a source tree
             found[tool] = "unknown"
     return found

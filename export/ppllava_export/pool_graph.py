@@ -22,6 +22,9 @@ _IR_VERSION = 11
 # Windows n and the tokens in each are numbered in (T, h, w) order. For any extents (a, b, c) the
 # place values (b*c, c, 1) turn coordinates into such a number and, by division, back; they are
 # computed once for the grid, the windows and the kernel, as rows of one (3, 3) table.
+#
+# A kernel that does not fit, or a kernel or stride below one, has no windows: pooled is (0, D).
+# Divisors are at least one even then: what a division by zero does is up to the runtime.
 FUNCTION = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 {OP_TYPE} <temperature> (hidden, weights, kernel, stride) => (pooled)
@@ -35,14 +38,21 @@ FUNCTION = f"""
     ones = Constant <value = int64[3,1] {{1, 1, 1}}> ()
 
     size = Shape (weights)
+    step = Max (stride, one)
     slack = Sub (size, kernel)
-    reach = Add (slack, stride)
+    reach = Add (slack, step)
     fitting = Max (reach, zero)
-    windows = Div (fitting, stride)
+    steps = Div (fitting, step)
+    smaller = Min (kernel, stride)
+    valid = Clip (smaller, zero, one)
+    windows = Mul (steps, valid)
+    some_windows = Max (windows, one)
+    inside = Min (kernel, size)
+    some_kernel = Max (inside, one)
 
     size_row = Unsqueeze (size, rows)
-    windows_row = Unsqueeze (windows, rows)
-    kernel_row = Unsqueeze (kernel, rows)
+    windows_row = Unsqueeze (some_windows, rows)
+    kernel_row = Unsqueeze (some_kernel, rows)
     extents = Concat <axis = 0> (size_row, windows_row, kernel_row)
     middle = Slice (extents, columns, two, columns)
     last = Slice (extents, two, three, columns)
@@ -59,7 +69,7 @@ FUNCTION = f"""
     first_parts = Mul (first_at, size_places)
     first = ReduceSum <keepdims = 1> (first_parts, columns)
 
-    num_tokens = ReduceProd <keepdims = 0> (kernel)
+    num_tokens = ReduceProd <keepdims = 0> (some_kernel)
     token = Range (zero, num_tokens, one)
     token_column = Unsqueeze (token, columns)
     token_count = Div (token_column, kernel_places)

@@ -17,6 +17,7 @@ from .modules.config import ModelConfig
 
 _IMAGE_TOKEN = "<image>"
 _SENTENCEPIECE = "tokenizer.model"
+_CLIP_SOURCES = ("vocab.json", "merges.txt")
 _REMEDY = "add it, or export without text by --skip-tokenizer"
 
 
@@ -55,12 +56,14 @@ def read_tokenizers(config: ModelConfig, files: CheckpointFiles) -> Tokenizers:
             f"{files.folder}: the tokenizer's {_IMAGE_TOKEN} is {image_id}, but config.json's "
             f"image_token_index is {config.image_token_index}"
         )
-    if files.clip is None:
+    if files.clip is None or not files.clip.is_dir():
+        place = files.clip or "a folder and name it by clip_weight"
         raise NotFoundError(
             f"{files.folder / 'config.json'}: clip_weight names no folder here, so there is no "
-            f"tokenizer of the text tower: {_REMEDY}"
+            f"tokenizer of the text tower: put its {' and '.join(_CLIP_SOURCES)} into {place}, or "
+            "export without text by --skip-tokenizer"
         )
-    text = _read(files.clip, CLIPTokenizer, ["vocab.json", "merges.txt"])
+    text = _read(files.clip, CLIPTokenizer, _CLIP_SOURCES)
     _check_size(text, config.text.vocab_size, files.clip)
     _, end = text_token_ids(config.text)
     if text.id_to_token(end) is None:

@@ -44,6 +44,17 @@ class Assistant:
         """
         return Assistant(Bundle.open(path), threads)
 
+    def load(self) -> Assistant:
+        """This assistant, with all of its bundle opened: from then on the folder may change.
+
+        Raises:
+            DataError: Some file in the bundle is damaged.
+            IncompatibleError: A bundle that was exported without tokenizers.
+            UnavailableError: A package is missing.
+        """
+        _ = self.prompts, self.vision, self.text, self.pool, self.decoder
+        return self
+
     def watch(
         self,
         path: str | Path,
@@ -153,8 +164,9 @@ class Video:
             seed: Makes sampling repeatable.
 
         Raises:
-            UsageError: A question that is empty or holds a reserved token, a window that does not
-                fit, a prompt longer than the decoder takes, or a sampling value out of range.
+            UsageError: A question that is empty, no text or holds a reserved token, a window that
+                does not fit, a prompt longer than the decoder takes, or a sampling value out of
+                range.
         """
         assistant, model, memory = self._assistant, self._assistant.model, self.memory
         sampling = Sampling(temperature, top_p, top_k, seed)

@@ -11,9 +11,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from ppllava_engines.errors import UsageError, run_command
+from ppllava_engines.errors import StorageError, UsageError, run_command
 from ppllava_runtime.answer import Answer
 from ppllava_runtime.assistant import DEFAULT_MAX_NEW_TOKENS, Assistant, Video
 from ppllava_runtime.window import Axes
@@ -38,10 +39,10 @@ def main(argv: Sequence[str]) -> None:
     """
     options = _parser().parse_args(argv)
     if options.heatmap:
-        _check_heatmap(options.heatmap)
-    video = Assistant.open(options.bundle, options.threads).watch(
-        options.video, options.frames, options.start, options.end, _progress()
-    )
+        _check_heatmap(options.heatmap, options.video)
+    # All of the bundle now: it may be replaced while a person types.
+    assistant = Assistant.open(options.bundle, options.threads).load()
+    video = assistant.watch(options.video, options.frames, options.start, options.end, _progress())
     if video.info.damage:
         print(f"warning: {video.info.damage}", file=sys.stderr)
 
@@ -62,10 +63,12 @@ def main(argv: Sequence[str]) -> None:
     if options.question is not None:
         show(ask(options.question), video, options.heatmap)
         return
-    _converse(ask, lambda answer: show(answer, video, options.heatmap))
+    _converse(ask, lambda answer: show(answer, video, options.heatmap), options)
 
 
-def _converse(ask: Callable[[str], Answer], show: Callable[[Answer], None]) -> None:
+def _converse(
+    ask: Callable[[str], Answer], show: Callable[[Answer], None], options: argparse.Namespace
+) -> None:
     last: Answer | None = None
     for line in _lines():
         try:
@@ -76,14 +79,15 @@ def _converse(ask: Callable[[str], Answer], show: Callable[[Answer], None]) -> N
             elif command == "/heatmap" and rest.strip():
                 if last is None:
                     raise UsageError("there is no answer yet to draw a heatmap of")
+                _check_heatmap(Path(rest.strip()), options.video)
                 last.save_heatmap(rest.strip())
                 _tell(f"wrote {rest.strip()}")
             else:
                 raise UsageError(f"{command} is not understood: type {_HELP}")
-        except UsageError as error:  # of this line, so the next one may be better
+        except (UsageError, StorageError) as error:  # of this line, so the next one may be better
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # enough of this answer
-            print()
+            print(file=sys.stderr if options.json else sys.stdout)
 
 
 def _lines() -> Iterator[str]:
@@ -159,14 +163,17 @@ def _tell(note: str) -> None:
         print(f"{_DIM}{note}{_PLAIN}", file=sys.stderr)
 
 
-def _check_heatmap(path: Path) -> None:
-    """Says before the work, and not after it, that its result could not be written."""
+def _check_heatmap(path: Path, video: Path) -> None:
+    """Says before the work, and not after it, that its result could not or must not be written."""
     from ppllava_runtime.heatmap import SUFFIXES
 
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"heatmap {path}: there is no folder {path.absolute().parent}")
+    with suppress(OSError):  # what cannot be found is not the same
+        if path.samefile(video):
+            raise UsageError(f"heatmap {path}: this is the video itself, give another name")
 
 
 def _axes(text: str) -> Axes:

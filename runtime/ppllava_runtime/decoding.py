@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 LAST_RESORT_FPS = 25.0
+
+# Those that write down how long they are. Of others FFmpeg finds it out from what is there, or
+# guesses it from the bit rate.
+_TIMED_FORMATS = ("matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "flv")
+_ENOUGH = 0.9  # of the duration; less of it is damage
 
 
 @contextmanager
@@ -111,6 +117,42 @@ def read_index(container: InputContainer, stream: VideoStream) -> Index:
         and keys[0][0] <= times[0]
     )
     return Index(times, keys, num_discarded, sound)
+
+
+def expected_frames(container: InputContainer, stream: VideoStream, times: Sequence[int]) -> int:
+    """About how many frames there must have been, by the duration that the container states.
+
+    0 says that nothing is missing, or that it cannot be known: in a transport or program stream, a
+    raw stream, a live recording, a fragmented MP4 without an index of its fragments, and in a file
+    with sound which does not say how long the pictures alone are.
+
+    Args:
+        container: The file.
+        stream: Its stream.
+        times: Of the pictures that are there, in the stream's time base, sorted.
+    """
+    stated = _stated_seconds(container, stream)
+    if stated is None or len(times) < 2:
+        return 0
+    # The last picture may stay as long as any other did. Counted from 0, as durations are.
+    longest = max(after - before for before, after in pairwise(times))
+    covered = (times[-1] + longest) * float(stream.time_base or 0)
+    return round(len(times) * stated / covered) if 0 < covered < _ENOUGH * stated else 0
+
+
+def _stated_seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    if container.format.name not in _TIMED_FORMATS:
+        return None
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if not container.duration:
+        return None
+    whole = container.duration / 1_000_000  # microseconds
+    try:
+        hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
+    except (KeyError, ValueError):
+        return whole if len(container.streams) == 1 else None
+    return min(whole, hours * 3600 + minutes * 60 + seconds)
 
 
 def from_keyframes(

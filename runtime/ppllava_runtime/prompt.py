@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle, ModelSpec
-from ppllava_engines.errors import DataError, UsageError
+from ppllava_engines.errors import DataError, IncompatibleError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -59,21 +59,32 @@ class PromptBuilder:
 
         Raises:
             DataError: A tokenizer file that cannot be read.
+            IncompatibleError: A bundle that was exported without tokenizers.
         """
-        files = bundle.manifest.tokenizers
-        decoder, text = (_load(bundle.file(files[name])) for name in ("decoder", "text"))
+        files, names = bundle.manifest.tokenizers, ("decoder", "text")
+        if not files.keys() >= set(names):
+            raise IncompatibleError(
+                f"bundle {bundle.path}: it was exported without tokenizers, so it takes no "
+                "questions in text: export it again without --skip-tokenizer"
+            )
+        decoder, text = (_load(bundle.file(files[name])) for name in names)
         return PromptBuilder(decoder, text, bundle.manifest.model)
 
     def build(self, question: str) -> Prompt:
         """The ids of one question; a question too long for the text tower guides by its beginning.
 
         Raises:
-            UsageError: A question that is empty or contains a token reserved for the template.
+            UsageError: A question that is empty, is not text or contains a token reserved for the
+                template.
             DataError: A template that does not give exactly one place for the pooled tokens.
         """
         question = question.strip()
         if not question:
             raise UsageError("the question is empty")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # what Python makes of bytes that a shell passed on
+            raise UsageError("the question is not text: expected UTF-8") from error
         # Read as text these would be harmless, but tokenizers read them as commands: one more
         # place for an image, or the end of the turn.
         for token in sorted(self._reserved):

@@ -19,11 +19,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ppllava_engines.errors import DataError, NotFoundError, StorageError, UsageError
+from ppllava_engines.errors import (
+    DataError,
+    InternalError,
+    NotFoundError,
+    StorageError,
+    UsageError,
+)
 from ppllava_runtime.decoding import (
     LAST_RESORT_FPS,
     BrokenPromise,
     Decoded,
+    expected_frames,
     frame_rate,
     from_keyframes,
     opened,
@@ -105,11 +112,12 @@ def read_clip(
     with opened(path) as (container, stream):
         index = read_index(container, stream)
         promised = stream.frames - index.num_discarded
+        estimate = 0 if stream.frames else expected_frames(container, stream, index.times)
         if index.trusted:
             with suppress(BrokenPromise):
                 choice = _Choice.of(path, stream, index.times, num_frames, start, end)
                 frames = from_keyframes(container, stream, index, choice.places)
-                return choice.clip(frames, _damage(path, len(index.times), promised))
+                return choice.clip(frames, _damage(path, len(index.times), promised, estimate))
 
     with opened(path) as (container, stream):
         everything = Decoded(container, stream)
@@ -121,7 +129,8 @@ def read_clip(
     with opened(path) as (container, stream):
         choice = _Choice.of(path, stream, times, num_frames, start, end)
         frames = enumerate(Decoded(container, stream))
-        return choice.clip(frames, _damage(path, len(times), promised), already=len(times))
+        damage = _damage(path, len(times), promised, estimate)
+        return choice.clip(frames, damage, already=len(times))
 
 
 def choose_frames(
@@ -207,20 +216,30 @@ class _Choice:
     ) -> Clip:
         """The clip, out of frames with their places, of which no more are taken than needed.
 
-        Only the chosen pictures are kept; `already` frames were decoded before.
+        Only the chosen pictures are kept, once; `already` frames were decoded before.
+
+        Raises:
+            InternalError: Some chosen frame is not among them.
         """
+        places = np.array(self.indices)
         wanted = set(self.indices)
         last = max(wanted)
-        pictures: dict[int, NDArray[np.uint8]] = {}
+        pictures: NDArray[np.uint8] | None = None
         size: tuple[int, int] | None = None
         num_decoded = already
         for place, frame in frames:
             num_decoded += 1
             if place in wanted:
                 size = size or (frame.width, frame.height)
-                pictures[place] = upright(frame, *size)
+                picture = upright(frame, *size)
+                if pictures is None:
+                    pictures = np.empty((len(places), *picture.shape), np.uint8)
+                pictures[places == place] = picture
+                wanted.remove(place)
             if place == last:
                 break
+        if pictures is None or wanted:
+            raise InternalError(f"frames {sorted(wanted)} were announced, but did not come")
         info = ClipInfo(
             timestamps=np.array(self.timestamps),
             indices=self.indices,
@@ -229,13 +248,14 @@ class _Choice:
             fps=self.fps,
             damage=damage,
         )
-        return Clip(np.stack([pictures[i] for i in self.indices]), info)
+        return Clip(pictures, info)
 
 
-def _damage(path: Path, found: int, promised: int) -> str | None:
-    if found >= promised:
+def _damage(path: Path, found: int, promised: int, estimate: int) -> str | None:
+    if found >= max(promised, estimate):
         return None
-    return f"video {path}: only {found} of its {promised} frames can be decoded, the rest is lost"
+    whole = f"its {promised}" if promised >= estimate else f"about {estimate}"
+    return f"video {path}: only {found} of {whole} frames can be decoded, the rest is lost"
 
 
 def _read_image(path: Path) -> Clip:

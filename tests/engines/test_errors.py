@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -80,6 +83,41 @@ def test_traceback_only_when_asked(
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert error.endswith("\nerror: bad\n")
+
+
+def test_sigterm_unwinds_a_command_and_only_it(capsys: pytest.CaptureFixture[str]) -> None:
+    unwound: list[bool] = []
+
+    def main(_: Sequence[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            unwound.append(True)
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run_command(main, []) == 143
+    assert unwound == [True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert capsys.readouterr() == ("", "")
+
+
+def test_who_handles_sigterm_already_goes_on_doing_so() -> None:
+    def handled() -> object:
+        found: list[object] = []
+        run_command(lambda _: found.append(signal.getsignal(signal.SIGTERM)), [])
+        return found[0]
+
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert handled() is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run_command(lambda _: 3, [])))
+    thread.start()
+    thread.join()
+    assert codes == [3]
 
 
 def test_a_reader_that_goes_away_is_no_failure_to_tell() -> None:

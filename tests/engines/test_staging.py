@@ -30,6 +30,12 @@ with new_bundle(sys.argv[1], overwrite=True) as staging:
     sys.stdin.readline()
 """
 
+COMMAND = f"""
+import sys
+from ppllava_engines.errors import run_command
+sys.exit(run_command(lambda _: exec({WORKER!r})))
+"""
+
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
@@ -59,9 +65,9 @@ def beside(out: Path) -> list[str]:
 
 
 @contextmanager
-def worker(out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def worker(out: Path, script: str = WORKER) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(out)],
+        [sys.executable, "-c", script, str(out)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -109,7 +115,7 @@ def test_a_failure_leaves_what_was_there(out: Path, failure: type[BaseException]
     with pytest.raises(failure), new_bundle(out, overwrite=False) as staging:
         write_bundle(staging)
         raise failure
-    assert beside(out) == []
+    assert not out.parent.exists()
     make(out, "old")
     with pytest.raises(failure), new_bundle(out, overwrite=True) as staging:
         write_bundle(staging)
@@ -146,6 +152,55 @@ def test_what_someone_else_made_is_never_replaced(out: Path) -> None:
         new_bundle(out / "mark", overwrite=True),
     ):
         pytest.fail("the work began")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "extension"}', '{"schema_version": 1, "graphs": {}}', "[]", "{", "\xff", ""]
+)
+def test_a_manifest_of_something_else_is_never_replaced(out: Path, text: str) -> None:
+    out.mkdir(parents=True)
+    (out / MANIFEST).write_bytes(text.encode("latin-1"))
+    with (
+        pytest.raises(UsageError, match=r"no manifest\.json with decoder, graphs, schema_version"),
+        new_bundle(out, overwrite=True),
+    ):
+        pytest.fail("the work began")
+    assert beside(out) == ["bundle"]
+    assert (out / MANIFEST).read_bytes() == text.encode("latin-1")
+
+
+def test_a_bundle_of_another_version_is_replaced_when_asked(out: Path) -> None:
+    out.mkdir(parents=True)
+    text = '{"schema_version": 9, "graphs": 0, "decoder": 0, "more": 0}'
+    (out / MANIFEST).write_text(text)
+    make(out, "new", overwrite=True)
+    assert mark(out) == "new"
+
+
+def test_a_failure_leaves_no_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), new_bundle(tmp_path / "a/b/c/bundle", False) as staging:
+        assert staging.parent == tmp_path / "a/b/c"
+        (tmp_path / "a/b/note").write_text("someone else's")
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["note"]
+    with pytest.raises(RuntimeError), new_bundle(tmp_path / "d/e/bundle", False):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_command_that_is_terminated_leaves_nothing(out: Path) -> None:
+    with worker(out, COMMAND) as (process, staging):
+        assert (out.parent / staging).is_dir()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+    assert not out.parent.exists()
+    make(out, "old")
+    with worker(out, COMMAND) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+    assert mark(out) == "old"
+    assert beside(out) == ["bundle"]
 
 
 def test_what_came_meanwhile_is_not_replaced(out: Path) -> None:

@@ -93,6 +93,7 @@ def test_no_torch_at_run_time(tiny_world: Path, tiny_world_bundle: Path) -> None
         "print(Assistant.open(sys.argv[1]).watch(sys.argv[2]).ask('Describe the video.').text)\n"
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
     )
-    command = [sys.executable, "-c", program, tiny_world_bundle, tiny_world / "sample.mp4"]
+    files = [str(tiny_world_bundle), str(tiny_world / "sample.mp4")]
+    command = [sys.executable, "-c", program, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "a red circle, a blue cross and a purple square\n"

@@ -274,9 +274,20 @@ def test_a_known_clip_needs_no_folder(broken: Path) -> None:
     assert load_config(broken).projection_dim == 768
 
 
+def test_a_known_clip_with_only_tokenizer_files_in_its_folder_is_still_known(broken: Path) -> None:
+    name = "openai/clip-vit-large-patch14-336"
+    edit_json(broken / "config.json", clip_weight=name)
+    known = load_config(broken)
+    shutil.copytree(broken.parent / "clip", broken / name)
+    assert load_config(broken) != known  # its own config.json comes first
+    (broken / name / "config.json").unlink()
+    assert load_config(broken) == known
+
+
 def test_an_unknown_clip_is_told_from_the_tensors(broken: Path) -> None:
     edit_json(broken / "config.json", clip_weight="someone/clip")
-    fails(broken, NotFoundError, 66, "number of heads")  # 24 channels are no heads of 64
+    place = f"put CLIP's config.json into {broken / 'someone/clip'}"
+    fails(broken, NotFoundError, 66, "number of heads", place)  # 24 channels are no heads of 64
 
     def widen(tensors: Tensors) -> None:
         prefix = "multi_modal_projector.clip_text_model."

@@ -66,6 +66,7 @@ def test_bundle_holds_the_contract(request: pytest.FixtureRequest, precision: st
     assert set(manifest.tokenizers) == {"decoder", "text"}
     assert all(stage.passed for stage in Parity.read(path).stages)
     assert len(manifest.source_sha256) == 64
+    assert {"ppllava-edge", "torch", "onnxruntime"} <= manifest.exporter.keys()
 
 
 def test_graphs_run_for_any_number_of_frames(bundle_fp16: Path) -> None:

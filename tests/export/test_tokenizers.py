@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,14 @@ def test_a_missing_one_names_the_way_out(copied: Path, which: str) -> None:
     assert f"/{which}:" in str(caught.value)
 
 
-def test_clip_known_only_by_name_has_no_tokenizer(copied: Path) -> None:
+@pytest.mark.parametrize("name", [None, "openai/clip-vit-large-patch14-336"])
+def test_clip_known_only_by_name_names_the_folder_to_make(copied: Path, name: str | None) -> None:
     loaded = load_checkpoint(copied)
-    edit_json(copied / "config.json", clip_weight="openai/clip-vit-large-patch14-336")
-    files = type(loaded.files)(copied, None, 8)
-    with pytest.raises(NotFoundError, match=r"clip_weight .* --skip-tokenizer"):
+    files = replace(loaded.files, clip=copied / name if name else None)
+    place = copied / name if name else "a folder and name it by clip_weight"
+    with pytest.raises(NotFoundError, match=r"clip_weight .* --skip-tokenizer") as caught:
         read_tokenizers(loaded.config, files)
+    assert f"vocab.json and merges.txt into {place}, or" in str(caught.value)
 
 
 def test_tokenizer_model_names_the_package_it_needs(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ppllava_runtime import chat as chat_module
 from tiny_videos import numbered_frames, write_audio, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +27,22 @@ code = run()
 banned = {"torch", "transformers", "onnx", "ppllava_export"} & set(sys.modules)
 assert not banned, banned
 sys.exit(code)
+"""
+
+
+# The 21st id waits for a line of input: whatever is read before that is sent was streamed.
+SLOW_CHAT = """
+import sys
+from ppllava_runtime.chat import run
+from ppllava_runtime.decoders.onnxruntime import OnnxRuntimeDecoder
+generate = OnnxRuntimeDecoder.generate
+def slowly(*arguments):
+    for number, token in enumerate(generate(*arguments)):
+        if number == 20:
+            sys.stdin.readline()
+        yield token
+OnnxRuntimeDecoder.generate = slowly
+sys.exit(run())
 """
 
 
@@ -91,6 +110,64 @@ def test_answers_many_questions(bundle: Path, clip: Path, tmp_path: Path) -> Non
     ]
 
 
+def test_streams_into_a_pipe(bundle: Path, clip: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_CHAT, bundle, clip, "What moves?", "--max-new-tokens", "40"],
+        env=os.environ | {"PYTHONPATH": PATHS},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            readable, _, _ = select.select([process.stdout], [], [], 120)
+            assert readable
+            assert process.stdout.read(1)
+            assert process.poll() is None
+            rest, _ = process.communicate(b"\n", timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert rest.endswith(b"\n")
+
+
+def test_a_heatmap_that_fails_does_not_end_the_session(
+    bundle: Path, clip: Path, tmp_path: Path
+) -> None:
+    nowhere, long = tmp_path / "nowhere" / "map.png", tmp_path / f"{'x' * 300}.png"
+    typed = f"first?\n/heatmap {nowhere}\n/heatmap {long}\nsecond?\n"
+    done = chat(bundle, clip, "--frames", 4, "--max-new-tokens", 3, typed=typed)
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 2
+    first, second = done.stderr.splitlines()
+    assert first == f"error: heatmap {nowhere}: there is no folder {nowhere.parent}"
+    assert second.startswith(f"error: heatmap {long}: cannot write there (")
+
+
+def test_a_heatmap_never_replaces_the_video(bundle: Path, clip: Path, tmp_path: Path) -> None:
+    video, link = tmp_path / "clip.mp4", tmp_path / "link.mp4"
+    shutil.copy(clip, video)
+    link.symlink_to(video)
+    sentence = f"error: heatmap {link}: this is the video itself, give another name\n"
+    done = chat(bundle, video, "What moves?", "--heatmap", link)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
+    typed = f"first?\n/heatmap {link}\nsecond?\n"
+    done = chat(bundle, video, "--frames", 4, "--max-new-tokens", 3, typed=typed)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 2, sentence)
+    assert video.read_bytes() == clip.read_bytes()
+
+
+def test_an_interrupt_leaves_no_empty_line_among_json(
+    bundle: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module, "_lines", lambda: iter(["first?"]))
+    monkeypatch.setattr(chat_module, "_show_json", interrupt)
+    chat_module.main([str(bundle), str(clip), "--frames", "4", "--json"])
+    assert capsys.readouterr() == ("", "\n")
+
+
 def test_ends_with_an_empty_line(bundle: Path, clip: Path) -> None:
     done = chat(bundle, clip, "--frames", 4, "--max-new-tokens", 3, typed="one?\n\ntwo?\n")
     assert done.returncode == 0
@@ -111,6 +188,17 @@ def test_goes_on_after_damage_with_a_warning(bundle: Path, tmp_path: Path) -> No
     assert done.stdout.strip()
     assert done.stderr.startswith(f"warning: video {path}: only ")
     assert done.stderr.endswith(" of its 40 frames can be decoded, the rest is lost\n")
+
+
+def test_frames_that_are_only_claimed_are_told(bundle: Path, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "lie.avi", numbered_frames(40), codec="mjpeg")
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 500)
+    path.write_bytes(data)
+    done = chat(bundle, path, "What moves?", "--max-new-tokens", 3, "--json")
+    sentence = f"video {path}: only 40 of its 500 frames can be decoded, the rest is lost"
+    assert (done.returncode, done.stderr) == (0, f"warning: {sentence}\n")
+    assert json.loads(done.stdout)["damage"] == sentence
 
 
 class TestBadInput:
@@ -137,6 +225,43 @@ class TestBadInput:
             chat(bundle, audio, "?"),
             65,
             f"video {audio}: it has no video stream (there is audio)",
+        )
+
+    def test_video_without_frames(self, bundle: Path, tmp_path: Path) -> None:
+        path = tmp_path / "empty.mp4"
+        write_video(path, numbered_frames(0), container_options={"movflags": "empty_moov"})
+        self.assert_fails(
+            chat(bundle, path, "?"), 65, f"video {path}: it holds no frame that can be decoded"
+        )
+
+    def test_video_cut_before_its_index(self, bundle: Path, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "cut.mp4", numbered_frames(40))
+        data = path.read_bytes()
+        path.write_bytes(data[: data.index(b"moov") - 4])
+        self.assert_fails(
+            chat(bundle, path, "?"),
+            65,
+            f"video {path}: not a video that can be read (Invalid data found when processing "
+            "input)",
+        )
+
+    def test_bundle_without_tokenizers_before_the_video(self, bundle: Path, tmp_path: Path) -> None:
+        mute = tmp_path / "mute"
+        shutil.copytree(bundle, mute)
+        manifest = json.loads((mute / "manifest.json").read_text(encoding="utf-8"))
+        manifest["tokenizers"] = {}
+        (mute / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        for question in (["?"], []):
+            self.assert_fails(
+                chat(mute, tmp_path / "missing.mp4", *question),
+                78,
+                f"bundle {mute}: it was exported without tokenizers, so it takes no questions in "
+                "text: export it again without --skip-tokenizer",
+            )
+
+    def test_question_that_is_no_text(self, bundle: Path, clip: Path) -> None:
+        self.assert_fails(
+            chat(bundle, clip, "caf\udce9"), 2, "the question is not text: expected UTF-8"
         )
 
     def test_bundle(self, bundle: Path, clip: Path, tmp_path: Path) -> None:

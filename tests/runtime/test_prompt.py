@@ -91,6 +91,7 @@ class TestPrompt:
         ("question", "sentence"),
         [
             ("  \n", "the question is empty"),
+            ("caf\udce9", "the question is not text: expected UTF-8"),
             ("a <image> b", "the question contains the reserved '<image>': leave it out"),
             ("end</s>", "the question contains the reserved '</s>': leave it out"),
             (

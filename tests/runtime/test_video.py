@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,17 @@ class TestFrames:
         read_clip(path, 5)
         assert len(converted) == 5
 
+    def test_are_kept_once(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "clip.mp4", FRAMES)
+        read_clip(path, 1)  # brings in what is only imported when needed
+        tracemalloc.start()
+        try:
+            frames = read_clip(path, 60).frames
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.5 * frames.nbytes
+
     def test_come_with_times_and_rate(self, tmp_path: Path) -> None:
         path = write_video(tmp_path / "clip.mp4", FRAMES, fps=10, audio=True)
         info = read_clip(path, 3, start=1).info
@@ -254,6 +267,61 @@ class TestDamage:
             f"video {path}: only {clip.info.num_frames} of its 60 frames can be decoded, the rest "
             "is lost"
         )
+
+    @pytest.mark.parametrize(
+        ("name", "codec", "options", "told"),
+        [
+            ("clip.mkv", "libx264", {}, True),
+            ("clip.webm", "libvpx", {}, True),
+            ("clip.flv", "libx264", {}, True),
+            ("indexed.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov+global_sidx"}, True),
+            ("fragments.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}, False),
+            ("live.mkv", "libx264", {"live": "1"}, False),
+            ("clip.ts", "libx264", {}, False),
+            ("clip.mpg", "mpeg2video", {}, False),
+        ],
+    )
+    @pytest.mark.parametrize("times", [None, [3 * i + i % 2 for i in range(60)]])
+    def test_is_estimated_where_only_a_duration_is_stated(
+        self,
+        tmp_path: Path,
+        name: str,
+        codec: str,
+        options: dict[str, str],
+        told: bool,
+        times: list[int] | None,
+    ) -> None:
+        path = write_video(
+            tmp_path / name,
+            FRAMES,
+            codec=codec,
+            options={"g": "12", "bf": "0"},
+            times=times,
+            container_options=options,
+        )
+        assert read_clip(path, 4).info.damage is None
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 6 // 10])
+        info = read_clip(path, 4).info
+        assert 20 < info.num_frames < 50
+        if not told:
+            assert info.damage is None
+            return
+        sentence = re.fullmatch(
+            rf"video .*: only {info.num_frames} of about (\d+) frames can be decoded, the rest is "
+            "lost",
+            str(info.damage),
+        )
+        assert sentence
+        assert 54 <= int(sentence[1]) <= 66
+
+    def test_is_not_seen_in_a_longer_sound(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "clip.mkv", FRAMES[:9], audio=True)
+        assert read_clip(path, 4).info.damage is None
+
+    def test_is_not_seen_in_a_last_picture_that_stays(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "clip.mkv", FRAMES[:4], times=[0, 50, 100, 150])
+        assert read_clip(path, 4).info.damage is None
 
     def test_in_the_count_is_told(self, tmp_path: Path) -> None:
         path = write_video(tmp_path / "lie.avi", FRAMES, codec="mjpeg")
