@@ -77,7 +77,7 @@ def test_the_demo_answers_right_and_leaves_heatmaps(tmp_path: Path) -> None:
     assert answers == {
         "Which way does the red circle move?": "left",
         "What colour is the square?": "purple",
-        "Which comes first, the blue cross or the red circle?": "the red circle",
+        "Which leaves first, the purple square or the red circle?": "the purple square",
         "Describe the video.": "a red circle, a blue cross and a purple square",
     }
     assert (tmp_path / "red_circle.png").stat().st_size > 10_000

@@ -13,6 +13,6 @@ ask() {
 }
 ask "Which way does the red circle move?" --heatmap "$out/red_circle.png"
 ask "What colour is the square?" --heatmap "$out/square.png"
-ask "Which comes first, the blue cross or the red circle?"
+ask "Which leaves first, the purple square or the red circle?"
 ask "Describe the video."
 printf '\nheatmaps: %s %s\n' "$out/red_circle.png" "$out/square.png"

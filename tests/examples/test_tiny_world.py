@@ -33,7 +33,7 @@ def test_three_answers_about_the_sample(tiny_world: Path, tiny_world_bundle: Pat
     video = Assistant.open(tiny_world_bundle).watch(tiny_world / "sample.mp4")
     asked = {
         "What colour is the square?": "purple",
-        "Which comes first, the blue cross or the red circle?": "the red circle",
+        "Which leaves first, the purple square or the red circle?": "the purple square",
         "Describe the video.": "a red circle, a blue cross and a purple square",
         "Which way does the red circle move?": "left",
     }
