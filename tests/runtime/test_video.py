@@ -274,7 +274,12 @@ class TestDamage:
             ("clip.mkv", "libx264", {}, True),
             ("clip.webm", "libvpx", {}, True),
             ("clip.flv", "libx264", {}, True),
-            ("indexed.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov+global_sidx"}, True),
+            (
+                "indexed.mp4",
+                "libx264",
+                {"movflags": "frag_keyframe+empty_moov+default_base_moof+global_sidx"},
+                True,
+            ),
             ("fragments.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}, False),
             ("live.mkv", "libx264", {"live": "1"}, False),
             ("clip.ts", "libx264", {}, False),
@@ -305,7 +310,7 @@ class TestDamage:
         info = read_clip(path, 4).info
         assert 20 < info.num_frames < 50
         if not told:
-            assert info.damage is None
+            assert "about" not in str(info.damage)
             return
         sentence = re.fullmatch(
             rf"video .*: only {info.num_frames} of about (\d+) frames can be decoded, the rest is "
