@@ -12,14 +12,13 @@ import argparse
 import platform
 import statistics
 import time
+from importlib.metadata import version
 
 from ppllava_runtime import Assistant
 
 
 def main() -> None:
     """Prints both medians, their ratio, versions and device."""
-    import onnxruntime
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("video")
@@ -40,7 +39,7 @@ def main() -> None:
     a, b = statistics.median(first), statistics.median(again)
     print(f"first question {1000 * a:.1f} ms, second {1000 * b:.1f} ms: {a / b:.1f} times faster")
     print(
-        f"python {platform.python_version()}, onnxruntime {onnxruntime.__version__}, "
+        f"python {platform.python_version()}, onnxruntime {version('onnxruntime')}, "
         f"{platform.machine()}"
     )
 

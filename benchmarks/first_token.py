@@ -14,9 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-
-import numpy as np
-import onnxruntime
+from importlib.metadata import version
 
 _PROGRAM = "import sys; from ppllava_runtime.chat import run; sys.exit(run())"
 
@@ -51,8 +49,8 @@ def main() -> None:
         f"{min(seconds):.2f} to {max(seconds):.2f} s over {arguments.runs} runs"
     )
     print(
-        f"python {platform.python_version()}, onnxruntime {onnxruntime.__version__}, "
-        f"numpy {np.__version__}, {platform.machine()}"
+        f"python {platform.python_version()}, onnxruntime {version('onnxruntime')}, "
+        f"numpy {version('numpy')}, {platform.machine()}"
     )
 
 
