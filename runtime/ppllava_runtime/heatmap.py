@@ -27,7 +27,7 @@ SUFFIXES = (".png", ".mp4")
 # Of the relevance of one video: below the first is cold, above the second as warm as can be.
 _COLD_PERCENTILE, _WARM_PERCENTILE = 50.0, 99.5
 _RAMP = ((24, 20, 68), (106, 23, 110), (187, 55, 84), (246, 125, 21), (252, 255, 164))
-_STRENGTH = 0.6  # of the warmest spot's colour over the frame
+_STRENGTH = 0.75  # of the warmest spot's colour over the frame
 _BACKGROUND, _INK, _FAINT_INK = (18, 18, 22), (240, 240, 240), (160, 160, 168)
 
 _SHEET_WIDTH = 1280
