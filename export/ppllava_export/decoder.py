@@ -30,7 +30,7 @@ _ROWS = 4096  # of the embedding table, converted at a time
 _FUSED_ROTARY_MULTIPLE = 16
 
 
-class _Builder(LlamaModel):  # type: ignore[misc]
+class _Builder(LlamaModel):  # type: ignore[misc]  # the builder has no types
     """The builder, given a model instead of a folder and a graph that needs no position ids."""
 
     def __init__(self, language_model: LlamaForCausalLM, dtype: torch.dtype) -> None:
