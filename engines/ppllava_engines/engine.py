@@ -40,7 +40,12 @@ class Engine(Protocol):
 
 
 def open_engine(
-    path: Path, spec: GraphSpec, device: str = "cpu", threads: int | None = None
+    path: Path,
+    spec: GraphSpec,
+    device: str = "cpu",
+    threads: int | None = None,
+    *,
+    lean: bool = False,
 ) -> Engine:
     """The engine of one graph file.
 
@@ -49,9 +54,11 @@ def open_engine(
         spec: What the manifest says of it; the file must agree.
         device: "cpu".
         threads: Threads that work on one operator; None is one per core this process may use.
+        lean: Whether to run slower in little memory, see `onnxruntime.open_session`.
 
     Raises:
         DataError: The file is not a graph, or not the one that `spec` describes.
+        IncompatibleError: A graph of a type that the device does not compute in.
         NotFoundError: There is no such file.
         UnavailableError: The device, or the package for it, is missing.
         UsageError: `threads` is not positive.
@@ -61,7 +68,7 @@ def open_engine(
     # Imported where it is used: reading a manifest needs no backend, and loading one takes time.
     from ppllava_engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(path, spec, threads)
+    return OnnxRuntimeEngine(path, spec, threads, lean=lean)
 
 
 def check_feeds(

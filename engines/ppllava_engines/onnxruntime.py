@@ -9,10 +9,17 @@ from typing import Any
 
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from ppllava_engines.bundle import GraphSpec, TensorSpec
 from ppllava_engines.engine import check_feeds
-from ppllava_engines.errors import DataError, InternalError, NotFoundError, UsageError
+from ppllava_engines.errors import (
+    DataError,
+    IncompatibleError,
+    InternalError,
+    NotFoundError,
+    UsageError,
+)
 
 _NUMPY_NAMES = {
     "tensor(float)": "float32",
@@ -26,7 +33,9 @@ _NUMPY_NAMES = {
 _FATAL_ONLY = 4  # failures reach the caller as exceptions; ORT need not print them as well
 
 
-def open_session(path: Path, threads: int | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, threads: int | None = None, *, lean: bool = False
+) -> ort.InferenceSession:
     """An ONNX Runtime session for the graph at `path`, on the CPU.
 
     A graph typed float16 runs as well: where the CPU has no float16 kernel, ORT inserts casts.
@@ -34,9 +43,13 @@ def open_session(path: Path, threads: int | None = None) -> ort.InferenceSession
     Args:
         path: An ONNX file, with its external data beside it.
         threads: Threads that work on one operator; None is one per core this process may use.
+        lean: Whether the weights stay mapped from their file, and memory goes back as soon as it
+            is free. The graph runs as it is written: slower, and in exact float arithmetic where
+            it is quantized.
 
     Raises:
         DataError: The file is not a graph that ORT can load.
+        IncompatibleError: ORT's CPU has no kernel for a type in the graph, e.g. bfloat16.
         NotFoundError: There is no such file.
         UsageError: `threads` is not positive.
     """
@@ -51,9 +64,26 @@ def open_session(path: Path, threads: int | None = None) -> ort.InferenceSession
     # pool cures the first but cannot be told from Python not to spin. Without spinning an idle
     # machine loses some 5 % of a step at width 1024, or 0.05 ms of a tiny model's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Products of int8 and uint8 are added in pairs in 16 bits on x86 without VNNI, and saturate
+    # there: sums of a hundred times the right size are lost. With this ORT takes uint8 for both on
+    # such CPUs, which cannot saturate; elsewhere it changes nothing.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if lean:
+        # Optimised weights and packed ones are copies of those in the file.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        # In the default order every cast of a weight runs before the first layer does.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = _FATAL_ONLY
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except NoKernel as error:
+        raise IncompatibleError(
+            f"{path}: ONNX Runtime's CPU has no kernel for this graph's types, bfloat16 is for "
+            f"TensorRT: export with --dtype fp32 or fp16: {error}"
+        ) from error
     except Exception as error:  # ORT's exceptions share no base class
         raise DataError(
             f"{path}: ONNX Runtime cannot load this graph, export it again: {error}"
@@ -67,16 +97,19 @@ class OnnxRuntimeEngine:
         path: The graph's file.
         spec: What the manifest says of it.
         threads: As in `open_session`.
+        lean: As in `open_session`.
 
     Raises:
         DataError: The file is no graph, or its inputs and outputs are not those of `spec`.
-        NotFoundError, UsageError: As in `open_session`.
+        IncompatibleError, NotFoundError, UsageError: As in `open_session`.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, spec: GraphSpec, threads: int | None = None, *, lean: bool = False
+    ) -> None:
         self._name = path.stem
         self._spec = spec
-        self._session = open_session(path, threads)
+        self._session = open_session(path, threads, lean=lean)
         for what, nodes, specs in (
             ("inputs", self._session.get_inputs(), spec.inputs),
             ("outputs", self._session.get_outputs(), spec.outputs),

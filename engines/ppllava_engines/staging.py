@@ -153,7 +153,7 @@ def _put_in_place(staging: Path, out: Path) -> None:
         except OSError:
             displaced.rename(out)
             raise
-        displaced.rename(staging)
+        shutil.rmtree(displaced, ignore_errors=True)  # what stays is removed by the next one
     _sync_one(out.parent)
 
 

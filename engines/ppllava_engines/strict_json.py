@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import types
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ppllava_engines.errors import DataError
 
 T = TypeVar("T")
+
+_SIMPLE = (str, int, float, bool, types.NoneType)
 
 
 def loads(text: str, source: str) -> Any:
@@ -47,9 +49,10 @@ def dumps(value: Any) -> str:
 def decode(kind: type[T], value: Any, where: str) -> T:
     """`value`, as parsed from JSON, as a `kind`.
 
-    `kind` is a dataclass whose fields are, at any depth, dataclasses, str, int, float, bool,
-    tuple[X, ...], tuple[X, Y], dict[str, X] or a union of simple ones. All keys are required and no
-    others are allowed. An int passes for a float; nothing else is converted.
+    `kind` is a dataclass whose fields are, at any depth, dataclasses, str, int, float, bool, None,
+    tuple[X, ...], tuple[X, Y], dict[str, X], a Literal of strings or a union of simple ones and at
+    most one other. All keys are required and no others are allowed. An int passes for a float;
+    nothing else is converted.
 
     Raises:
         DataError: A missing or unknown key or a value of another type; names its place below
@@ -74,11 +77,18 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             raise DataError(f"{where} has {len(value)} items, expected {len(arguments)}")
         pairs = zip(arguments, value, strict=True)
         return tuple(_decode(part, item, f"{where}[{i}]") for i, (part, item) in enumerate(pairs))
+    if origin is Literal:
+        if value not in arguments or type(value) is not str:
+            choices = " or ".join(map(repr, arguments))
+            raise DataError(f"{where} is {_shown(value)}, expected {choices}")
+        return value
     if origin in (Union, types.UnionType):
         for option in arguments:
             if type(value) is option:
                 return value
-        names = " or ".join(option.__name__ for option in arguments)
+        if len(compound := [option for option in arguments if option not in _SIMPLE]) == 1:
+            return _decode(compound[0], value, where)
+        names = " or ".join("null" if o is types.NoneType else o.__name__ for o in arguments)
         raise DataError(f"{where} is {_shown(value)}, expected {names}")
     if kind is float and type(value) in (int, float):
         try:

@@ -134,8 +134,7 @@ def embed_texts(projector: Projector, vocabulary: Vocabulary, texts: list[str]) 
     """Returns unit embeddings (texts, P); rows are padded, which a causal tower ignores."""
     encoded = [vocabulary.text.encode(text).ids for text in texts]
     longest = max(map(len, encoded))
-    end = projector.clip_text_model.eos_token_id
-    ids = torch.tensor([row + [end] * (longest - len(row)) for row in encoded])
+    ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in encoded])
     return projector.text_embed(ids)
 
 

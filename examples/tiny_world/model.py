@@ -133,7 +133,7 @@ def fresh_model(config: ModelConfig, seed: int) -> PPLLaVA:
         tower.position_embedding.weight.copy_(
             _grid_positions(config.grid, config.vision.encoder.hidden_size)
         )
-        tower.class_embedding.normal_(std=0.02)
+        tower.get_parameter("class_embedding").normal_(std=0.02)
         for block in model.vision_tower.vision_model.encoder.layers:
             for layer in block.modules():
                 if isinstance(layer, nn.Linear):

@@ -53,11 +53,7 @@ def run_contrastive(folder: Path, schedule: Schedule) -> None:
     projector = model.multi_modal_projector
     learned = [
         *model.vision_tower.parameters(),
-        *projector.clip_text_model.parameters(),
-        *projector.clip_text_projection.parameters(),
-        *projector.clip_visual_ln.parameters(),
-        *projector.clip_visual_projection.parameters(),
-        projector.logit_scale,
+        *(p for name, p in projector.named_parameters() if not name.startswith("linear_")),
     ]
     train(
         "contrastive",

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ppllava_engines.bundle import Manifest
 
-Precision = Literal["fp32", "fp16"]
 STAGES = (
     "checkpoint",
+    "calibration",
     "vision graph",
     "text graph",
     "pool graph",
@@ -25,48 +25,59 @@ STAGES = (
 def export_bundle(
     checkpoint: str | Path,
     out: str | Path,
-    precision: Precision = "fp32",
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     *,
+    vision: Literal["int8"] | None = None,
+    decoder: Literal["int8", "int4"] | None = None,
+    calibration: Sequence[str | Path] = (),
+    clip: str | None = None,
     skip_tokenizer: bool = False,
     overwrite: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Returns the manifest of the bundle it makes of a checkpoint folder, in `out`.
 
-    Parity of every graph against torch is measured before the bundle takes its place; a failed or
-    killed export leaves nothing, or the bundle that was there.
+    Every graph is compared with torch before the bundle takes its place; a failed or killed export
+    leaves nothing, or the bundle that was there.
 
     Args:
-        checkpoint: Folder with config.json and safetensors weights.
+        checkpoint: Folder with config.json and weights: safetensors, or pickled ones that torch
+            can read without running anything.
         out: The bundle's folder.
-        precision: Type of the graphs' floats. fp16 keeps fp32 where it matters.
-        skip_tokenizer: Allows a checkpoint without tokenizer files; no question can be asked of
-            such a bundle in text.
+        precision: Type of the graphs' floats. fp16 and bf16 keep fp32 where it matters; bf16 is for
+            TensorRT, ONNX Runtime's CPU cannot run it.
+        vision: int8 quantizes the vision graph's linear layers, calibrated on `calibration`.
+        decoder: Type of the decoder's weights where it is not that of the floats.
+        calibration: Videos like those the model will see; needed for `vision` and only there.
+        clip: `open_clip:MODEL[:FILE]` puts that model's text tower and projections in the place of
+            the checkpoint's.
+        skip_tokenizer: Allows a checkpoint without tokenizer files; such a bundle runs on ids.
         overwrite: Whether a bundle at `out` may be replaced.
         on_stage: Called with the name of each stage as it begins, in the order of `STAGES`.
 
     Raises:
-        DataError: Broken weights, config or tokenizer; every tensor concerned is named.
+        DataError: Broken weights, config, tokenizer or video; every tensor concerned is named.
         IncompatibleError: A model variant that this release does not export.
         InternalError: A graph's outputs are further from torch than its tolerance.
-        NotFoundError: A file of the checkpoint is missing.
+        NotFoundError: No checkpoint, or a file that it names is missing.
         StorageError: Writing failed.
-        UnavailableError: A package of the export extra is not installed.
-        UsageError: `out` is there and may not be replaced.
+        UnavailableError: A package is not installed; names the pip command.
+        UsageError: `out` is there and may not be replaced, or options that do not go together.
     """
-    try:
-        from .export import export
-    except ModuleNotFoundError as error:
-        from ppllava_engines.errors import UnavailableError
+    from ppllava_engines.bundle import Precision
+    from ppllava_engines.errors import UnavailableError
 
+    try:
+        from .export import Order, export
+    except ModuleNotFoundError as error:
         raise UnavailableError(
             f"exporting needs the package {error.name!r}: pip install 'ppllava-edge[export]'"
         ) from error
-    return export(
-        Path(checkpoint),
-        Path(out),
-        precision,
+    order = Order(
+        checkpoint=Path(checkpoint),
+        precision=Precision(precision, vision or "float", decoder or "float"),
+        calibration=tuple(Path(video) for video in calibration),
+        clip=clip,
         skip_tokenizer=skip_tokenizer,
-        overwrite=overwrite,
-        on_stage=on_stage,
     )
+    return export(order, Path(out), overwrite, on_stage or (lambda _stage: None))

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ppllava_engines.errors import DataError, NotFoundError
 
 from .config_files import CheckpointFiles, read_model_config
 from .modules.config import ModelConfig
 from .modules.model import PPLLaVA
-from .modules.tower import layers_needed
-from .weights import Weights
+from .modules.unused import is_unused
+from .weights import Weights, check_values
 
-_TOWER = "vision_tower.vision_model."
-_LAYER = re.compile(re.escape(_TOWER) + r"encoder\.layers\.(\d+)\.")
 _LM_HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
-# Present in published checkpoints and read by nothing here: buffers, what follows the last layer
-# that PPLLaVA uses, and the separator of image tiles.
-_UNUSED = re.compile(
-    rf"{re.escape(_TOWER)}(post_layernorm|head)\..*"
-    r"|(.*\.)?position_ids"
-    r"|language_model\..*\.rotary_emb\.inv_freq"
-    r"|image_newline"
-)
+_IMAGE_NEWLINE = "image_newline"
+_LOGIT_SCALE = "multi_modal_projector.logit_scale"
+_ALIGNMENT = ("multi_modal_projector.clip_", "multi_modal_projector.logit_")
+_ONE_NUMBER = (((), (1,)), ((1,), ()))  # the logit scale, published in either shape
 
 
 @dataclass(frozen=True)
@@ -39,32 +33,56 @@ class Checkpoint:
         config: What it says of its model.
         files: Where its parts are.
         weights: Every tensor in its files, memory-mapped.
+        overlay: Tensors by name that take the place of those in its files.
     """
 
     config: ModelConfig
     files: CheckpointFiles
     weights: Weights
+    overlay: Mapping[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns the tensor that the model calls `name`, in the type it is stored in.
+
+        Raises:
+            KeyError: There is none.
+        """
+        if name in self.overlay:
+            return self.overlay[name]
+        if name == _LM_HEAD and name not in self.weights:
+            return self.weights[_EMBEDDING]
+        return self.weights[name]
+
+    def image_newline(self) -> Tensor | None:
+        """Returns the separator (D,) of an image's rows, None when the checkpoint has none."""
+        return self.weights.get(_IMAGE_NEWLINE)
+
+    def logit_scale(self) -> float:
+        """Returns what cosines are multiplied by before the softmax over all tokens."""
+        return float(self.tensor(_LOGIT_SCALE).double().exp())
+
+    def skeleton(self) -> PPLLaVA:
+        """Returns the model in evaluation mode without its weights, to be traced."""
+        return _skeleton(self.config)
 
     def model(self) -> PPLLaVA:
-        """Returns the model in evaluation mode, its weights mapped from the files.
+        """Returns the model in evaluation mode, its weights mapped from the files as stored.
 
-        Towers and projector are fp32; the decoder keeps the type it is stored in, because it is
-        too large to be held twice.
+        Compute with it inside `mapped.streamed_fp32`: the types of its parts differ, and all of it
+        in fp32 may not fit into memory.
         """
-        expected = _expected_shapes(self.config)
-        with torch.device("meta"):
-            model = PPLLaVA(self.config)
-        tensors = {name: self.weights[name] for name in expected if name in self.weights}
-        if _LM_HEAD not in tensors:
-            tensors[_LM_HEAD] = tensors[_EMBEDDING]
-        tensors.setdefault("image_newline", torch.zeros(self.config.decoder_width))
+        model = self.skeleton()
+        tensors = {}
+        for name, expected in model.state_dict().items():
+            if name == _IMAGE_NEWLINE and name not in self.weights:
+                tensors[name] = torch.zeros(expected.shape)
+            else:
+                tensors[name] = self.tensor(name).reshape(expected.shape)
         model.load_state_dict(tensors, assign=True, strict=True)
-        for part in (model.vision_tower, model.multi_modal_projector):
-            part.float()
         # Its one buffer is computed, not stored, so the meta device left it without values.
         decoder = model.language_model.model
         decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False)
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -76,26 +94,47 @@ def load_config(folder: Path) -> ModelConfig:
     return read_model_config(_existing(folder), lambda: Weights(folder).shapes)[0]
 
 
-def load_checkpoint(folder: Path, limit: float = torch.finfo(torch.float32).max) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, limit: float = torch.finfo(torch.float32).max, clip: str | None = None
+) -> Checkpoint:
     """Returns the checkpoint in `folder` after every tensor was found and looked at.
 
     Args:
-        folder: Holds config.json and model.safetensors, or shards with their index.
+        folder: Holds config.json and the weights, see `weights.Weights`.
         limit: The largest magnitude of a weight that the export's float type holds.
+        clip: `open_clip:MODEL[:FILE]`, whose alignment takes the place of the checkpoint's.
 
     Raises:
         DataError: Missing, unexpected or misshapen tensors, all named at once; values that are
             not finite; malformed files.
         IncompatibleError: A model variant that this release does not export.
-        NotFoundError: A file is missing.
+        NotFoundError: No such folder, or no config.json in it.
     """
     folder = _existing(folder)
     config, files = read_model_config(folder, lambda: Weights(folder).shapes)
     weights = Weights(folder)
-    expected = _expected_shapes(config)
-    _check_shapes(folder, config, expected, weights.shapes)
-    weights.check_values({name: None for name in expected if name in weights}, limit)
-    return Checkpoint(config, files, weights)
+    overlay: Mapping[str, Tensor] = {}
+    if clip is not None:
+        from .open_clip_source import replace_alignment
+
+        config, overlay = replace_alignment(config, clip)
+    checkpoint = Checkpoint(config, files, weights, overlay)
+    expected = {name: tuple(t.shape) for name, t in _skeleton(config).state_dict().items()}
+    _check_shapes(checkpoint, expected)
+    optional = _optional(config)
+    tensors = {name: checkpoint.tensor(name) for name in expected if name not in optional}
+    tensors |= {name: weights[name] for name in optional if name in weights}
+    check_values(tensors, f"checkpoint {folder}", limit, weights.release)
+    return checkpoint
+
+
+def _skeleton(config: ModelConfig) -> PPLLaVA:
+    with torch.device("meta"):
+        return PPLLaVA(config).requires_grad_(False).eval()
+
+
+def _optional(config: ModelConfig) -> set[str]:
+    return {_IMAGE_NEWLINE} | ({_LM_HEAD} if config.decoder["tie_word_embeddings"] else set())
 
 
 def _existing(folder: Path) -> Path:
@@ -104,19 +143,10 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = PPLLaVA(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _check_shapes(
-    folder: Path,
-    config: ModelConfig,
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-) -> None:
-    optional = {"image_newline"} | ({_LM_HEAD} if config.decoder["tie_word_embeddings"] else set())
+def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    config, overlay = checkpoint.config, checkpoint.overlay
+    found = checkpoint.weights.shapes | {name: tuple(t.shape) for name, t in overlay.items()}
+    optional = _optional(config)
     missing = [
         f"{name} {shape}"
         for name, shape in expected.items()
@@ -125,12 +155,14 @@ def _check_shapes(
     unexpected = [
         f"{name} {shape}"
         for name, shape in found.items()
-        if name not in expected and not _is_unused(name, config)
+        if name not in expected
+        and not is_unused(name, config)
+        and not (overlay and name.startswith(_ALIGNMENT))
     ]
     misshapen = [
         f"{name} {found[name]} instead of {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in found and found[name] != shape and (found[name], shape) not in _ONE_NUMBER
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names)}"
@@ -142,12 +174,6 @@ def _check_shapes(
         if names
     ]
     if problems:
-        raise DataError(f"checkpoint {folder}: tensors are wrong, {'; '.join(problems)}")
-
-
-def _is_unused(name: str, config: ModelConfig) -> bool:
-    layer = _LAYER.match(name)
-    if layer is not None:
-        total = config.vision.encoder.num_hidden_layers
-        return layers_needed(total, config.feature_layer) <= int(layer[1]) < total
-    return _UNUSED.fullmatch(name) is not None
+        raise DataError(
+            f"checkpoint {checkpoint.files.folder}: tensors are wrong, {'; '.join(problems)}"
+        )

@@ -28,16 +28,25 @@ def main(argv: Sequence[str]) -> None:
         export_bundle(
             args.checkpoint,
             args.out,
-            "fp16" if args.fp16 else "fp32",
+            args.dtype,
+            vision=args.vision,
+            decoder=args.decoder,
+            calibration=args.calibrate,
+            clip=args.clip,
             skip_tokenizer=args.skip_tokenizer,
             overwrite=args.overwrite,
             on_stage=on_stage,
         )
     from rich.console import Console
 
-    from .report import Parity
+    from ppllava_engines.parity import Parity
 
     Console().print(Parity.read(args.out).table())
+    if args.clip:
+        from .open_clip_source import OpenClipSpec
+
+        if warning := OpenClipSpec.parse(args.clip).warning():
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def run() -> int:
@@ -50,19 +59,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="ppllava-export",
         description="Make a bundle that runs without torch out of a trained PPLLaVA checkpoint.",
     )
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("out", type=Path, help="folder of the bundle")
-    parser.add_argument(
-        "--fp16", action="store_true", help="float16 graphs, float32 where it matters"
-    )
-    parser.add_argument(
-        "--skip-tokenizer",
-        action="store_true",
-        help="export a checkpoint without tokenizer files",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the bundle that is in OUT"
-    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="folder with config.json and weights")
+    add("out", type=Path, help="folder of the bundle")
+    dtype = parser.add_mutually_exclusive_group()
+    dtype.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
+        help="type of the floats, float32 where it matters (default: %(default)s)")  # fmt: skip
+    dtype.add_argument("--fp16", action="store_const", const="fp16", dest="dtype",
+        help="the same as --dtype fp16")  # fmt: skip
+    add("--vision", choices=("int8",), help="quantize the vision graph's linear layers")
+    add("--calibrate", type=Path, nargs="+", action="extend", default=[],
+        metavar="VIDEO",
+        help="videos like those the model will see, for --vision int8")  # fmt: skip
+    add("--decoder", choices=("int8", "int4"), help="quantize the decoder's weights")
+    add("--clip", metavar="open_clip:MODEL[:FILE]",
+        help="text tower and projections from open_clip instead of the checkpoint's")  # fmt: skip
+    add("--skip-tokenizer", action="store_true", help="export a checkpoint without tokenizer files")
+    add("--overwrite", action="store_true", help="replace the bundle that is in OUT")
     return parser
 
 

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from ppllava_engines.bundle import (
     MANIFEST,
-    DecoderSpec,
-    GraphSpec,
+    FileSpec,
     Manifest,
     ModelSpec,
+    Precision,
     hash_files,
     new_bundle,
 )
 from ppllava_engines.errors import UsageError
+from ppllava_engines.parity import SAMPLES
 
-from . import Precision
 from .checkpoint import Checkpoint, load_checkpoint
 from .config_files import text_token_ids
 from .decoder import export_decoder
-from .graphs import export_pool, export_text, export_vision
-from .parity import measure
+from .graphs import export_newline, export_pool, export_text, export_vision
+from .open_clip_source import OpenClipSpec
+from .parity import make_samples, measure
 from .precision import DTYPES
 from .quiet import quiet
-from .tokenizer_files import read_tokenizers
+from .tokenizer_files import chat_template, end_token_ids, read_tokenizers
 
-_CHAT_TEMPLATE = "USER: <image>\n{question} ASSISTANT: "
 _TOOLS = (
     "ppllava-edge",
     "torch",
@@ -39,98 +41,148 @@ _TOOLS = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-genai",
+    "open_clip_torch",
 )
 
 
-def export(
-    folder: Path,
-    out: Path,
-    precision: Precision,
-    *,
-    skip_tokenizer: bool,
-    overwrite: bool,
-    on_stage: Callable[[str], None] | None,
-) -> Manifest:
+@dataclass(frozen=True)
+class Order:
+    """What is to be exported, and how; see `ppllava_export.export_bundle`.
+
+    Raises:
+        UsageError: Options that do not go together, or a precision that there is not.
+    """
+
+    checkpoint: Path
+    precision: Precision
+    calibration: tuple[Path, ...] = ()
+    clip: str | None = None
+    skip_tokenizer: bool = False
+
+    def __post_init__(self) -> None:
+        dtype, vision, decoder = vars(self.precision).values()
+        for name, value, choices in (
+            ("precision", dtype, tuple(DTYPES)),
+            ("vision", vision, ("float", "int8")),
+            ("decoder", decoder, ("float", "int8", "int4")),
+        ):
+            if value not in choices:
+                raise UsageError(f"{name} is {value!r}, expected {' or '.join(choices)}")
+        if vision == "int8" and not self.calibration:
+            raise UsageError(
+                "an int8 vision graph is calibrated on videos: give some like those that the "
+                "model will see, by --calibrate"
+            )
+        if self.calibration and vision != "int8":
+            raise UsageError("calibration videos are for an int8 vision graph: add --vision int8")
+
+
+def export(order: Order, out: Path, overwrite: bool, on_stage: Callable[[str], None]) -> Manifest:
     """Returns the manifest of the bundle made in `out`; see `ppllava_export.export_bundle`."""
-    if precision not in DTYPES:
-        raise UsageError(f"precision is {precision!r}, expected {' or '.join(DTYPES)}")
-    dtype = DTYPES[precision]
+    precision = order.precision
+    dtype, quantization = DTYPES[precision.dtype], precision.decoder
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
-        if on_stage is not None:
-            on_stage(name)
+        on_stage(name)
         with quiet(), torch.no_grad():
             yield
 
     with new_bundle(out, overwrite) as staging:
         with stage("checkpoint"):
-            checkpoint = load_checkpoint(folder, limit=torch.finfo(dtype).max)
+            limit = torch.finfo(dtype).max
+            checkpoint = load_checkpoint(order.checkpoint, limit=limit, clip=order.clip)
             tokenizers = None
-            if not skip_tokenizer:
+            if not order.skip_tokenizer:
                 tokenizers = read_tokenizers(checkpoint.config, checkpoint.files)
-            model = checkpoint.model()
+        with stage("calibration"):
+            scales = None
+            if precision.vision == "int8":
+                from .calibration import calibrate
+
+                scales = calibrate(checkpoint, order.calibration)
         with stage("vision graph"):
-            graphs = {"vision": export_vision(model, dtype, staging)}
+            graphs = {"vision": export_vision(checkpoint, dtype, staging, scales)}
         with stage("text graph"):
-            graphs["text"] = export_text(model, dtype, staging)
+            graphs["text"] = export_text(checkpoint, dtype, staging)
         with stage("pool graph"):
-            graphs["pool"] = export_pool(model, dtype, staging)
+            graphs["pool"] = export_pool(checkpoint, dtype, staging)
+            newline = export_newline(checkpoint, dtype, staging)
         with stage("decoder"):
-            decoder = export_decoder(model.language_model, checkpoint.config, dtype, staging)
+            decoder = export_decoder(
+                checkpoint.model().language_model,
+                checkpoint.config,
+                dtype,
+                staging,
+                quantization=None if quantization == "float" else quantization,
+                release=checkpoint.weights.release,
+            )
+        tokenizer = tokenizers.decoder if tokenizers else None
+        decoder = replace(decoder, eos_token_ids=end_token_ids(tokenizer, checkpoint.config))
+        model = _model_spec(checkpoint, tokenizer)
         with stage("parity"):
-            parity = measure(model, graphs, decoder, staging, precision)
+            samples = make_samples(checkpoint, graphs, decoder, staging)
+            samples.write(staging / SAMPLES)
+            parity = measure(
+                staging, samples, model=model, graphs=graphs, decoder=decoder, precision=precision
+            )
             parity.require()
-        with stage("bundle"):
             parity.write(staging)
-            paths = tokenizers.write(staging) if tokenizers else {}
-            manifest = _manifest(checkpoint, graphs, decoder, precision, paths, staging)
+        with stage("bundle"):
+            manifest = Manifest(
+                model=model,
+                graphs=graphs,
+                decoder=decoder,
+                precision=precision,
+                tokenizers=tokenizers.write(staging) if tokenizers else {},
+                image_newline=newline,
+                samples=SAMPLES,
+                files=hash_files(staging),
+                exporter=_versions(),
+                sources=_sources(checkpoint, order.clip),
+            )
             (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _manifest(
-    checkpoint: Checkpoint,
-    graphs: dict[str, GraphSpec],
-    decoder: DecoderSpec,
-    precision: Precision,
-    tokenizers: dict[str, str],
-    staging: Path,
-) -> Manifest:
+def _model_spec(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> ModelSpec:
     config = checkpoint.config
     begin_id, end_id = text_token_ids(config.text)
-    return Manifest(
-        model=ModelSpec(
-            name=config.name,
-            image_size=config.vision.image_size,
-            grid=config.grid,
-            vision_width=config.vision.encoder.hidden_size,
-            key_width=config.projection_dim,
-            decoder_width=config.decoder_width,
-            max_frames=config.max_frames,
-            frames_coupled=False,
-            image_mean=config.image_mean,
-            image_std=config.image_std,
-            kernel=config.kernel,
-            stride=config.stride,
-            image_kernel=config.image_kernel,
-            image_stride=config.image_stride,
-            temperature=config.temperature,
-            text_positions=config.text.positions,
-            text_bos_token_id=begin_id,
-            text_eos_token_id=end_id,
-            image_token_index=config.image_token_index,
-            chat_template=_CHAT_TEMPLATE,
-            default_frames=checkpoint.files.num_frames,
-        ),
-        graphs=graphs,
-        decoder=decoder,
-        precision=precision,
-        tokenizers=tokenizers,
-        files=hash_files(staging),
-        exporter=_versions(),
-        source_sha256=checkpoint.weights.sha256(),
+    return ModelSpec(
+        name=config.name,
+        family=config.family,
+        image_size=config.vision.image_size,
+        grid=config.grid,
+        vision_width=config.vision.encoder.hidden_size,
+        key_width=config.projection_dim,
+        decoder_width=config.decoder_width,
+        max_frames=config.max_frames,
+        frames_coupled=config.frames_coupled,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        kernel=config.kernel,
+        stride=config.stride,
+        image_kernel=config.image_kernel,
+        image_stride=config.image_stride,
+        pooling=config.pooling,
+        temperature=config.temperature,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        text_positions=config.text.positions,
+        text_bos_token_id=begin_id,
+        text_eos_token_id=end_id,
+        text_pad_token_id=config.text.pad_token_id,
+        image_token_index=config.image_token_index,
+        chat_template=chat_template(tokenizer, config),
+        default_frames=checkpoint.files.num_frames,
     )
+
+
+def _sources(checkpoint: Checkpoint, clip: str | None) -> dict[str, str]:
+    sources = {"checkpoint": checkpoint.weights.sha256()}
+    if clip is not None:
+        file = OpenClipSpec.parse(clip).file
+        sources[clip] = FileSpec.of(file).sha256 if file else ""
+    return sources
 
 
 def _versions() -> dict[str, str]:
@@ -138,6 +190,6 @@ def _versions() -> dict[str, str]:
     for tool in _TOOLS:
         try:
             found[tool] = version(tool)
-        except PackageNotFoundError:  # run from a source tree
-            found[tool] = "unknown"
+        except PackageNotFoundError:
+            continue
     return found

@@ -1,33 +1,42 @@
-"""One function per graph: vision, text and pool; each is saved and described."""
+"""One function per graph: vision, text and pool; each is traced, saved and described.
+
+What is traced is the checkpoint's skeleton, a model without weights; they go from the checkpoint's
+mapped files to the graph's data file one at a time, while the graph is saved.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
-from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
 
 from ppllava_engines.bundle import GraphSpec, TensorSpec
 
+from .checkpoint import Checkpoint
+from .initializers import bind, simplify
 from .modules.model import PPLLaVA
 from .pool_graph import OPSET, pool_graph
-from .precision import cast, keep_softmax_fp32
+from .precision import cast, edge, keep_softmax_fp32
+from .vision_int8 import Channels, quantize_vision
 
-VISION_TOKENS = "vision_tokens"  # the value inside the vision graph that parity looks at
+VISION_TOKENS = "vision_tokens"  # the value inside the vision graph that tests look at
+NEWLINE = "image_newline.npy"
 # Weights above this size are memory-mapped from a file of their own.
 EXTERNAL_BYTES = 32 << 20
 _PRODUCER = "ppllava-edge"
-_NO_LIMIT = 1 << 40
+_EXAMPLE_FRAMES = 2  # the tracer takes 0 and 1 for constants
+_EXAMPLE_TOKENS = 4
 
 
 class _Vision(nn.Module):
-    """pixel_values → keys, hidden and, for parity, the patch tokens between."""
+    """pixel_values → keys, hidden and, for tests, the patch tokens between."""
 
     def __init__(self, model: PPLLaVA, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,9 +46,10 @@ class _Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns keys (T, L, P), hidden (T, L, D) and tokens (T, L, C)."""
-        tokens = self.vision_tower.vision_model(pixel_values)
+        out = edge(self.dtype)
+        tokens = self.vision_tower.vision_model(pixel_values.to(self.dtype))
         keys = self.multi_modal_projector.keys(tokens)
-        return keys.to(self.dtype), self.multi_modal_projector.hidden(tokens), tokens
+        return keys.to(out), self.multi_modal_projector.hidden(tokens).to(out), tokens.to(out)
 
 
 class _Text(nn.Module):
@@ -52,49 +62,87 @@ class _Text(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Returns the embedding (1, P)."""
-        return self.multi_modal_projector.text_embed(input_ids).to(self.dtype)
+        return self.multi_modal_projector.text_embed(input_ids).to(edge(self.dtype))
 
 
-def export_vision(model: PPLLaVA, dtype: torch.dtype, folder: Path) -> GraphSpec:
+def export_vision(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    folder: Path,
+    seen: Mapping[str, Channels] | None = None,
+) -> GraphSpec:
     """Returns the spec of the vision graph that it writes below the bundle's `folder`.
 
-    pixel_values ([T], 3, S, S) → keys ([T], L, P), hidden ([T], L, D).
+    pixel_values ([T], 3, S, S) → keys ([T], L, P), hidden ([T], L, D), for any T from 1.
+
+    Args:
+        checkpoint: The model.
+        dtype: Type of the graph's floats.
+        folder: The bundle.
+        seen: What the linear layers that compute in int8 are fed, see `vision_int8`; None leaves
+            all of them floats.
     """
-    side = model.config.vision.image_size
+    side, frames = checkpoint.config.vision.image_size, checkpoint.config.max_frames
     graph = _trace(
-        _Vision(model, dtype),
-        torch.zeros(2, 3, side, side, dtype=dtype),
-        {0: Dim("T", max=model.config.max_frames)},
+        _Vision(checkpoint.skeleton(), dtype),
+        torch.empty(min(_EXAMPLE_FRAMES, frames), 3, side, side, dtype=edge(dtype), device="meta"),
+        {0: Dim("T", max=frames)} if frames > 1 else {},
         ["pixel_values"],
         ["keys", "hidden", VISION_TOKENS],
     )
+    bind(graph, checkpoint.tensor, checkpoint.weights.release)
+    simplify(graph)
+    keep_softmax_fp32(graph)
+    if seen is not None:
+        quantize_vision(graph, seen)
     del graph.graph.outputs[-1]  # the value stays, by its name
     return _save(graph, "vision", folder)
 
 
-def export_text(model: PPLLaVA, dtype: torch.dtype, folder: Path) -> GraphSpec:
+def export_text(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> GraphSpec:
     """Returns the spec of the text graph that it writes below the bundle's `folder`.
 
-    input_ids (1, [n]) → text_embed (1, P). Attention is causal and the end-of-text token is
-    pooled, so it takes a question's own tokens and no padding.
+    input_ids (1, [n]) → text_embed (1, P). CLIP's attention is causal and the end-of-text token is
+    pooled, so it takes a question's own tokens and no padding. SigLIP's is neither: it takes
+    exactly (1, text_positions).
     """
+    config = checkpoint.config.text
+    causal = config.pad_token_id is None
+    num_tokens = _EXAMPLE_TOKENS if causal else config.positions
     graph = _trace(
-        _Text(model, dtype),
-        torch.full((1, 4), model.config.text.bos_token_id),
-        {1: Dim("n", max=model.config.text.positions)},
+        _Text(checkpoint.skeleton(), dtype),
+        torch.empty(1, num_tokens, dtype=torch.int64, device="meta"),
+        {1: Dim("n", max=config.positions)} if causal else {},
         ["input_ids"],
         ["text_embed"],
     )
+    bind(graph, checkpoint.tensor, checkpoint.weights.release)
+    simplify(graph)
+    keep_softmax_fp32(graph)
     return _save(graph, "text", folder)
 
 
-def export_pool(model: PPLLaVA, dtype: torch.dtype, folder: Path) -> GraphSpec:
+def export_pool(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> GraphSpec:
     """Returns the spec of the pool graph that it writes below the bundle's `folder`.
 
     keys, hidden, text_embed, kernel (3), stride (3) → pooled ([N], D), relevance ([T], h, w).
     """
-    proto = pool_graph(model.multi_modal_projector, model.config.grid, dtype)
-    return _save(ir.from_proto(proto), "pool", folder)
+    projector = checkpoint.model().multi_modal_projector
+    graph = ir.from_proto(pool_graph(projector, checkpoint.config.grid, edge(dtype)))
+    return _save(graph, "pool", folder)
+
+
+def export_newline(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> str | None:
+    """Returns the name of the file below `folder` with the separator (D,) of an image's rows.
+
+    None when the checkpoint has none. Its type is that of the pool graph's output.
+    """
+    newline = checkpoint.image_newline()
+    if newline is None:
+        return None
+    # Through the graphs' own type, as every embedding beside it.
+    np.save(folder / NEWLINE, newline.to(dtype).to(edge(dtype)).numpy())
+    return NEWLINE
 
 
 def _trace(
@@ -112,14 +160,10 @@ def _trace(
         input_names=input_names,
         output_names=output_names,
         dynamic_shapes=(dynamic,),
+        optimize=False,  # it would read the weights, which are not there
         verbose=False,
     )
     assert program is not None  # only the old exporter returns nothing
-    # Once more without the tracer's limit on sizes, which leaves the two halves of an extended
-    # position table to be joined at run time.
-    optimizer.fold_constants(program.model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
-    passes.RemoveUnusedNodesPass()(program.model)
-    keep_softmax_fp32(program.model)
     return program.model
 
 

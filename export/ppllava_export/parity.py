@@ -1,210 +1,171 @@
-"""Torch against every graph of a bundle, stage by stage → a report kept in the bundle.
+"""Torch in fp32 → the samples that every graph of a bundle is compared with.
 
-Each graph is given exactly what torch is given, rounded to the graph's own types first, so that a
-stage's numbers are its own and not those of the stages before it. Torch computes in fp32.
+What torch is given and what it gives is rounded to the graphs' own types when it is stored, and
+each stage starts from what was stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import Tensor
+from torch.nn import functional as F
 
-from ppllava_engines.bundle import DecoderSpec, GraphSpec, TensorSpec
-from ppllava_engines.engine import Engine, open_engine
-from ppllava_engines.onnxruntime import open_session
+from ppllava_engines.bundle import DecoderSpec, GraphSpec, ModelSpec, Precision
+from ppllava_engines.parity import Parity, Samples, pixel_values, prompt_embeds, replay
 
+from .checkpoint import Checkpoint
 from .config_files import text_token_ids
-from .graphs import VISION_TOKENS
-from .modules.config import ModelConfig
+from .mapped import streamed_fp32
+from .modules.config import ModelConfig, TextConfig, Window
 from .modules.model import PPLLaVA
-from .modules.pooling import strided_weighted_pool, token_weights
-from .report import Parity, Stage
+from .modules.pooling import token_weights
+from .precision import widen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SEED = 0
 _QUESTION_TOKENS = 12
 _PROMPT_TOKENS = 8  # on either side of the pooled ones
+_MAX_KERNEL_FRAMES = 4  # of the samples' pooling: full-size towers take seconds for a frame
+_COARSE = (3, 6, 6)  # of which smooth pictures over (T, h, w) are made
+_VOCABULARY_ROWS = 8192  # of the head, widened at a time
+_BACKEND = "ONNX Runtime's CPU"
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the stages are compared on, seeded: frames (T, 3, S, S), question (1, n), prompt (n)."""
+def make_samples(
+    checkpoint: Checkpoint, graphs: Mapping[str, GraphSpec], decoder: DecoderSpec, folder: Path
+) -> Samples:
+    """Returns what torch is given and what it answers, seeded.
 
-    pixel_values: Array
-    question_ids: Array
-    prompt_ids: Array
-
-    @staticmethod
-    def of(config: ModelConfig) -> Inputs:
-        """Returns inputs that a model of this config takes."""
-        rng = np.random.default_rng(_SEED)
-        frames = min(2 * config.kernel[0], config.max_frames)
-        side = config.vision.image_size
-        begin, end = text_token_ids(config.text)
-        length = min(_QUESTION_TOKENS, config.text.positions) - 2
-        words = rng.integers(0, config.text.vocab_size, length)
-        words = words[(words != begin) & (words != end)]
-        return Inputs(
-            rng.standard_normal((frames, 3, side, side), dtype=np.float32),
-            np.concatenate([[begin], words, [end]])[None],
-            rng.integers(0, config.decoder["vocab_size"], 2 * _PROMPT_TOKENS),
+    Args:
+        checkpoint: Its weights are widened to fp32 a module at a time.
+        graphs: Say the type that samples are stored in.
+        decoder: Its embedding table is what the prompt is made of.
+        folder: Holds the table.
+    """
+    config, model = checkpoint.config, checkpoint.model()
+    dtype = np.dtype(graphs["vision"].outputs[0].dtype)
+    inputs = _inputs(config)
+    frames, text_ids, kernel, stride = (
+        inputs[name] for name in ("frames", "text_ids", "kernel", "stride")
+    )
+    with torch.no_grad(), streamed_fp32(model, checkpoint.weights.release):
+        pixels = pixel_values(frames, config.image_mean, config.image_std, dtype)
+        keys, hidden = (_stored(out, dtype) for out in model.encode(_given(pixels)))
+        projector = model.multi_modal_projector
+        text_embed = _stored(projector.text_embed(torch.from_numpy(text_ids)), dtype)
+        pooled, relevance = projector.pool(
+            _given(keys),
+            _given(hidden),
+            _given(text_embed),
+            config.grid,
+            _triple(kernel),
+            _triple(stride),
         )
+        weight = float(token_weights(relevance, projector.logit_scale).max())
+        stored = _stored(pooled, dtype)
+        before, after = inputs["prompt_before"], inputs["prompt_after"]
+        table = folder / decoder.embedding
+        embeds = prompt_embeds(table, decoder.max_positions, before, stored, after)
+        logits = _logits(model, _given(embeds), checkpoint)
+    return Samples(
+        **inputs,
+        keys=keys,
+        hidden=hidden,
+        text_embed=text_embed,
+        pooled=stored,
+        relevance=relevance.numpy(),
+        logits=logits.numpy(),
+        gain=np.array(checkpoint.logit_scale() / config.temperature * weight, np.float32),
+    )
 
 
 def measure(
-    model: PPLLaVA,
+    folder: Path,
+    samples: Samples,
+    *,
+    model: ModelSpec,
     graphs: Mapping[str, GraphSpec],
     decoder: DecoderSpec,
-    folder: Path,
-    precision: str,
+    precision: Precision,
 ) -> Parity:
-    """Returns how far each graph in the bundle's `folder` is from torch.
+    """Returns how far the graphs in the bundle's `folder` are from torch, on this machine's CPU.
 
-    Args:
-        model: Torch's side.
-        graphs: vision, text and pool.
-        decoder: The decoder.
-        folder: Holds their files.
-        precision: `fp32` or `fp16`; decides the tolerances.
+    A bfloat16 graph has no kernels there, and is measured on a copy that computes in fp32 with the
+    same rounded weights.
     """
-    inputs = Inputs.of(model.config)
-    dtype = np.dtype(graphs["vision"].inputs[0].dtype)
-    with torch.no_grad():
-        pairs = dict(_stages(model, graphs, decoder, folder, inputs, dtype))
-    stages = (Stage.of(name, *pair, precision=precision) for name, pair in pairs.items())
-    return Parity(precision, tuple(stages))
+    parts: dict[str, Any] = {"model": model, "precision": precision}
+    if precision.dtype != "bf16":
+        stages = replay(folder, samples, graphs=graphs, decoder=decoder, lean=True, **parts)
+        return Parity(str(precision), _BACKEND, tuple(stages))
+    with TemporaryDirectory(dir=folder) as name:
+        wide = Path(name)
+        for path in (*(graph.path for graph in graphs.values()), decoder.path):
+            widen(folder / path, wide / path)
+        (wide / decoder.embedding).symlink_to(folder.resolve() / decoder.embedding)
+        stages = replay(wide, samples, graphs=graphs, decoder=decoder, lean=True, **parts)
+        return Parity(str(precision), f"{_BACKEND}, widened to fp32", tuple(stages))
 
 
-def _stages(
-    model: PPLLaVA,
-    graphs: Mapping[str, GraphSpec],
-    decoder: DecoderSpec,
-    folder: Path,
-    inputs: Inputs,
-    dtype: np.dtype[Any],
-) -> Iterator[tuple[str, tuple[Array, Array]]]:
-    """Yields (stage, (got, expected))."""
-    config, projector = model.config, model.multi_modal_projector
-
-    def rounded(value: Tensor | Array) -> Array:
-        return np.asarray(value).astype(dtype)
-
-    def torch_of(value: Array) -> Tensor:
-        return torch.from_numpy(value.astype(np.float32))
-
-    pixel_values = rounded(inputs.pixel_values)
-    tokens = model.vision_tower.vision_model(torch_of(pixel_values))
-    keys, hidden = projector.keys(tokens), projector.hidden(tokens)
-    with vision_with_tokens(graphs["vision"], folder, config) as engine:
-        got = engine.run({"pixel_values": pixel_values})
-    yield VISION_TOKENS, (got[VISION_TOKENS], tokens.numpy())
-    yield "keys", (got["keys"], keys.numpy())
-    yield "hidden", (got["hidden"], hidden.numpy())
-
-    text_embed = projector.text_embed(torch.from_numpy(inputs.question_ids))
-    got = _engine(graphs["text"], folder).run({"input_ids": inputs.question_ids})
-    yield "text_embed", (got["text_embed"], text_embed.numpy())
-
-    feeds = {name: rounded(value) for name, value in (("keys", keys), ("hidden", hidden))}
-    feeds["text_embed"] = rounded(text_embed)
-    window = {"kernel": np.array(config.kernel), "stride": np.array(config.stride)}
-    got = _engine(graphs["pool"], folder).run(feeds | window)
-    keys, hidden, text_embed = (torch_of(feed) for feed in feeds.values())
-    relevance = (keys @ text_embed[0]).view(got["relevance"].shape)
-    yield "relevance", (got["relevance"], relevance.numpy())
-    # From the graph's own relevance: a sharp map and a small temperature magnify its last bits,
-    # which were compared above.
-    pooled = strided_weighted_pool(
-        hidden.view(-1, *config.grid, config.decoder_width),
-        token_weights(torch_of(got["relevance"]), projector.logit_scale),
-        config.kernel,
-        config.stride,
-        config.temperature,
-    )
-    pooled = projector.linear_2(pooled)
-    yield "pooled", (got["pooled"], pooled.numpy())
-
-    table = np.load(folder / decoder.embedding, mmap_mode="r")
-    before, after = np.split(table[inputs.prompt_ids], 2)
-    embeds = np.concatenate([before, rounded(pooled), after])[None]
-    embeds = embeds[:, -decoder.max_positions :]
-    with streamed_fp32(model.language_model):
-        output = model.language_model(inputs_embeds=torch_of(embeds), logits_to_keep=1)
-    yield "logits", (_last_logits(folder, decoder, embeds), output.logits[:, -1].float().numpy())
+def _inputs(config: ModelConfig) -> dict[str, Array]:
+    """Returns what a model of this config takes, by its names in `Samples`."""
+    rng = np.random.default_rng(_SEED)
+    kernel, stride = (np.array(window, np.int64) for window in (config.kernel, config.stride))
+    kernel[0], stride[0] = min(kernel[0], _MAX_KERNEL_FRAMES), min(stride[0], _MAX_KERNEL_FRAMES)
+    num_frames = min(2 * int(kernel[0]), config.max_frames)
+    prompt = rng.integers(0, config.decoder["vocab_size"], (2, _PROMPT_TOKENS))
+    return {
+        "frames": _pictures(rng, num_frames, config.vision.image_size),
+        "text_ids": _question(rng, config.text),
+        "prompt_before": prompt[0],
+        "prompt_after": prompt[1],
+        "kernel": kernel,
+        "stride": stride,
+    }
 
 
-def _engine(spec: GraphSpec, folder: Path) -> Engine:
-    return open_engine(folder / spec.path, spec)
+def _pictures(rng: np.random.Generator, num_frames: int, side: int) -> Array:
+    """Returns smooth moving pictures (T, S, S, 3) uint8: noise would be nothing like a video."""
+    coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, *_COARSE)).astype(np.float32))
+    fine = F.interpolate(coarse, size=(num_frames, side, side), mode="trilinear")
+    return fine[0].permute(1, 2, 3, 0).to(torch.uint8).numpy()
 
 
-@contextmanager
-def vision_with_tokens(spec: GraphSpec, folder: Path, config: ModelConfig) -> Iterator[Engine]:
-    """Yields the vision graph with one output more: the patch tokens (T, L, C) inside it."""
-    graph = folder / spec.path
-    copy = graph.with_name(f"{graph.stem}_with_tokens.onnx")  # beside its external weights
-    proto = onnx.load(str(graph), load_external_data=False)
-    height, width = config.grid
-    shape = ("T", height * width, config.vision.encoder.hidden_size)
-    extra = TensorSpec(VISION_TOKENS, spec.outputs[0].dtype, shape)
-    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(extra.dtype))
-    proto.graph.output.append(onnx.helper.make_tensor_value_info(VISION_TOKENS, element, shape))
-    try:
-        copy.write_bytes(proto.SerializeToString())
-        yield _engine(GraphSpec(copy.name, spec.inputs, (*spec.outputs, extra)), graph.parent)
-    finally:
-        copy.unlink(missing_ok=True)
+def _question(rng: np.random.Generator, text: TextConfig) -> Array:
+    """Returns random ids (1, n) as the text tower takes them."""
+    begin, end = text_token_ids(text)
+    first = [] if begin is None else [begin]
+    words = rng.integers(0, text.vocab_size, min(_QUESTION_TOKENS, text.positions) - 2)
+    words = words[~np.isin(words, [*first, end, text.pad_token_id or end])]
+    ids = np.concatenate([first, words, [end]]).astype(np.int64)
+    if text.pad_token_id is not None:
+        ids = np.pad(ids, (0, text.positions - len(ids)), constant_values=text.pad_token_id)
+    return ids[None]
 
 
-def _last_logits(folder: Path, decoder: DecoderSpec, embeds: Array) -> Array:
-    """Returns the logits (1, V) after the prompt: prefilled but for one token, which is a step.
-
-    So the cache is part of what is compared.
-    """
-    session = open_session(folder / decoder.path)
-    names = [output.name for output in session.get_outputs()]
-    cache = np.zeros((1, decoder.num_kv_heads, 0, decoder.head_dim), np.dtype(decoder.dtype))
-    past = {name: cache for name in names if name != "logits"}
-    for end, part in ((embeds.shape[1] - 1, embeds[:, :-1]), (embeds.shape[1], embeds[:, -1:])):
-        feeds = {name.replace("present", "past_key_values"): past[name] for name in past}
-        feeds["inputs_embeds"] = part
-        feeds["attention_mask"] = np.ones((1, end), np.int64)
-        past = dict(zip(names, session.run(names, feeds), strict=True))
-        logits: Array = past.pop("logits")
-    return logits[:, -1]
+def _logits(model: PPLLaVA, embeds: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """Returns the logits (1, V) after a prompt; the head is the largest tensor, and never whole."""
+    last = model.language_model.model(inputs_embeds=embeds).last_hidden_state[:, -1]
+    logits = []
+    for rows in model.language_model.lm_head.weight.split(_VOCABULARY_ROWS):
+        logits.append(last @ rows.float().T)
+        checkpoint.weights.release()
+    return torch.cat(logits, dim=1)
 
 
-@contextmanager
-def streamed_fp32(language_model: LlamaForCausalLM) -> Iterator[None]:
-    """Lets a decoder whose weights are mapped in half precision compute in fp32.
+def _triple(array: Array) -> Window:
+    return int(array[0]), int(array[1]), int(array[2])
 
-    Each module's weights are fp32 only while it runs: all at once they may not fit into memory.
-    """
 
-    def widen(module: nn.Module, _: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            stored[parameter] = parameter.data
-            parameter.data = parameter.data.float()
+def _given(array: Array) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32))
 
-    def narrow(module: nn.Module, *_: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            parameter.data = stored.pop(parameter)
 
-    stored: dict[nn.Parameter, Tensor] = {}
-    leaves = [part for part in language_model.modules() if not any(part.children())]
-    hooks = [part.register_forward_pre_hook(widen) for part in leaves]
-    hooks += [part.register_forward_hook(narrow) for part in leaves]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _stored(value: Tensor, dtype: np.dtype[Any]) -> Array:
+    return value.numpy().astype(dtype)

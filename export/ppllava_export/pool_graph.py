@@ -99,7 +99,9 @@ def _graph(projector: Projector, grid: tuple[int, int], dtype: str) -> str:
     height, width = grid
     tokens = height * width
     decoder_width = projector.linear_2.out_features
-    key_width = projector.clip_visual_projection.out_features
+    key_width = projector.projection_dim
+    # SigLIP's logit_bias is not here: added to every logit alike, it changes no softmax, and its
+    # size would only cost the logits some of their last bits.
     scale = float(projector.logit_scale.double().exp())
     return f"""
 <ir_version: {_IR_VERSION}, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>

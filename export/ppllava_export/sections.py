@@ -10,6 +10,19 @@ from typing import Any
 from ppllava_engines import strict_json
 from ppllava_engines.errors import DataError, NotFoundError
 
+_LARGEST = 2**31 - 1  # more than any size or id of a model
+
+
+def is_file(path: Path) -> bool:
+    """Returns whether there is such a file.
+
+    Raises:
+        DataError: Something else is there, such as a pipe, which may be read without end.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a file")
+    return path.is_file()
+
 
 class Section:
     """One JSON object of a named file; null counts as absent, as in the files people publish."""
@@ -23,19 +36,31 @@ class Section:
         """Returns the object in the JSON file `path`.
 
         Raises:
-            DataError: Not UTF-8, not JSON, or not an object.
+            DataError: Not to be read, not UTF-8, not JSON, or not an object.
             NotFoundError: There is no such file.
         """
+        is_file(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{path}: no such file") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8: {error}") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         values = strict_json.loads(text, str(path))
         if not isinstance(values, dict):
             raise DataError(f"{path}: holds a {type(values).__name__}, expected an object")
         return Section(values, str(path))
+
+    @staticmethod
+    def read_optional(path: Path) -> Section:
+        """Returns the object in the JSON file `path`, an empty one when there is no such file.
+
+        Raises:
+            DataError: See `read`.
+        """
+        return Section.read(path) if is_file(path) else Section({}, str(path))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -57,11 +82,21 @@ class Section:
             raise self.wrong(key, value, "an object")
         return Section(value, f"{self.where}: {key}")
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Returns an int of at least `least`."""
+    def integer(
+        self, key: str, default: int | None = None, least: int = 1, most: int = _LARGEST
+    ) -> int:
+        """Returns an int of at least `least` and at most `most`."""
         value = self.get(key, default)
-        if type(value) is not int or value < least:
-            raise self.wrong(key, value, f"an integer of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            limit = "" if most == _LARGEST else f" and at most {most}"
+            raise self.wrong(key, value, f"an integer of at least {least}{limit}")
+        return value
+
+    def index(self, key: str, size: int, default: int | None = None) -> int:
+        """Returns an id of a vocabulary of `size`."""
+        value = self.integer(key, default, least=0)
+        if value >= size:
+            raise self.wrong(key, value, f"an id below the vocabulary's {size}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -83,9 +118,9 @@ class Section:
             raise self.wrong(key, value, f"three positive {kind.__name__} values")
         return kind(value[0]), kind(value[1]), kind(value[2])
 
-    def flag(self, key: str) -> bool:
-        """Returns a bool, false when absent."""
-        value = self.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        """Returns a bool."""
+        value = self.get(key, default)
         if type(value) is not bool:
             raise self.wrong(key, value, "true or false")
         return value

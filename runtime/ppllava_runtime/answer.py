@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ppllava_engines.errors import IncompatibleError, UsageError
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.prompt import TextStream
 
@@ -54,10 +55,11 @@ class Accounting:
     """What one answer cost.
 
     Attributes:
-        num_frames_sampled: Frames that the answer looks at, T.
+        num_frames_sampled: Frames or pictures that the answer looks at.
         num_frames_decoded: Frames decoded for it; 0 from the second question on.
-        num_frames_encoded: Frames run through the vision tower for it; 0 likewise.
-        num_tokens_before, num_tokens_after: Visual tokens before pooling, T·h·w, and after it, N.
+        num_frames_encoded: Frames, or views of a picture, run through the vision tower for it, T; 0
+            likewise.
+        num_tokens_before, num_tokens_after: Visual tokens before pooling, T·h·w, and in the prompt.
         num_prompt_tokens: Length of the decoder's prompt, the pooled tokens included.
         num_new_tokens: Ids generated so far.
         milliseconds: Time per stage so far.
@@ -110,7 +112,8 @@ class Answer:
     It may be left half-way, resumed, or iterated again from the start.
 
     Attributes:
-        question: What was asked.
+        question: What was asked; empty when it was asked in ids.
+        kind: What was looked at; None is nothing.
         relevance: (T,h,w) float32 in [-1,1], how much each patch has to do with the question.
     """
 
@@ -120,33 +123,51 @@ class Answer:
         relevance: NDArray[np.float32],
         memory: Memory,
         ids: Generator[int, None, None],
-        stream: TextStream,
+        stream: TextStream | None,
         max_new_tokens: int,
         counts: Counts,
         stopwatch: Stopwatch,
     ) -> None:
         self.question = question
+        self.kind = memory.kind
         self.relevance = relevance
         self._memory = memory
-        self._ids = ids
+        self._coming = ids
         self._stream = stream
         self._max_new_tokens = max_new_tokens
         self._counts = counts
         self._stopwatch = stopwatch
         self._pieces: list[str] = []
-        self._num_new_tokens = 0
+        self._ids: list[int] = []
         self._ended = False
 
     def __iter__(self) -> Iterator[str]:
+        if self._stream is None:
+            raise IncompatibleError(
+                "answer: the bundle was exported without tokenizers, so there are ids and no text: "
+                "export it again without --skip-tokenizer"
+            )
         position = 0
         while position < len(self._pieces) or self._advance():
-            yield self._pieces[position]
-            position += 1
+            if position < len(self._pieces):
+                yield self._pieces[position]
+                position += 1
 
     @property
     def text(self) -> str:
-        """The whole answer; generates what has not been asked for yet."""
+        """The whole answer; generates what has not been asked for yet.
+
+        Raises:
+            IncompatibleError: A bundle that was exported without tokenizers; so does iterating.
+        """
         return "".join(self)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The ids of the whole answer; generates what has not been asked for yet."""
+        while self._advance():
+            pass
+        return tuple(self._ids)
 
     @property
     def was_cut(self) -> bool:
@@ -154,49 +175,54 @@ class Answer:
 
         Generates what has not been asked for yet.
         """
-        for _ in self:
-            pass
-        return self._num_new_tokens >= self._max_new_tokens
+        return len(self.ids) >= self._max_new_tokens
 
     @property
     def accounting(self) -> Accounting:
         """What it cost so far; all of it once the text is complete."""
         t, h, w = self._memory.size
         return Accounting(
-            num_frames_sampled=t,
+            num_frames_sampled=len(self._memory.thumbnails),
             num_frames_decoded=self._counts.num_frames_decoded,
             num_frames_encoded=self._counts.num_frames_encoded,
             num_tokens_before=t * h * w,
             num_tokens_after=self._counts.num_tokens_after,
             num_prompt_tokens=self._counts.num_prompt_tokens,
-            num_new_tokens=self._num_new_tokens,
+            num_new_tokens=len(self._ids),
             milliseconds=self._stopwatch.read(),
         )
 
     def save_heatmap(self, path: str | Path) -> None:
-        """Writes the relevance over the frames; see `heatmap.write_heatmap`."""
+        """Writes the relevance over what was seen; see `heatmap.write_heatmap`.
+
+        Raises:
+            UsageError: Nothing was seen, or another suffix.
+            StorageError: The file cannot be written.
+        """
         from ppllava_runtime.heatmap import write_heatmap
 
-        write_heatmap(
-            path, self._memory.thumbnails, self._memory.timestamps, self.relevance, self.question
-        )
+        memory = self._memory
+        if memory.kind is None:
+            raise UsageError(f"heatmap {path}: there is no picture to draw it on")
+        maps = memory.maps(self.relevance)
+        write_heatmap(path, memory.thumbnails, memory.captions, maps, self.question)
 
     def close(self) -> None:
         """Ends the answer where it is and frees what generating holds."""
-        self._ids.close()
+        self._coming.close()
 
     def _advance(self) -> bool:
-        """Whether one more piece was generated."""
-        while not self._ended:
-            with self._stopwatch.time("generate" if self._num_new_tokens else "prefill"):
-                token = next(self._ids, None)
-            if token is None:
-                self._ended = True
-                piece = self._stream.finish()
-            else:
-                self._num_new_tokens += 1
-                piece = self._stream.push(token)
+        """Whether one more id was generated, or the last piece of text found."""
+        if self._ended:
+            return False
+        with self._stopwatch.time("generate" if self._ids else "prefill"):
+            token = next(self._coming, None)
+        if token is None:
+            self._ended = True
+        else:
+            self._ids.append(token)
+        if self._stream is not None:
+            piece = self._stream.finish() if token is None else self._stream.push(token)
             if piece:
                 self._pieces.append(piece)
-                return True
-        return False
+        return True

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.engine import Engine
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.answer import Answer, Counts, Stopwatch
+from ppllava_runtime.anyres import Tiling
+from ppllava_runtime.arrays import load_array
 from ppllava_runtime.decoders import Decoder, Sampling
-from ppllava_runtime.memory import Memory, encode, thumbnails
+from ppllava_runtime.memory import Kind, Memory, encode, thumbnails
 from ppllava_runtime.preprocess import pixel_values
-from ppllava_runtime.prompt import PromptBuilder
-from ppllava_runtime.video import ClipInfo, read_clip
-from ppllava_runtime.window import Axes, Window, choose_window
+from ppllava_runtime.prompt import Prompt, PromptBuilder
+from ppllava_runtime.video import ClipInfo, read_clip, read_pictures
+from ppllava_runtime.window import Axes, Window
 
 DEFAULT_MAX_NEW_TOKENS = 256
+
+Progress = Callable[[int, int], None]
 
 
 class Assistant:
@@ -52,7 +58,7 @@ class Assistant:
             IncompatibleError: A bundle that was exported without tokenizers.
             UnavailableError: A package is missing.
         """
-        _ = self.prompts, self.vision, self.text, self.pool, self.decoder
+        _ = self.prompts, self.vision, self.text, self.pool, self.newline, self.decoder
         return self
 
     def watch(
@@ -61,9 +67,9 @@ class Assistant:
         num_frames: int | None = None,
         start: float | None = None,
         end: float | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Video:
-        """The video (or image) in a file, looked at once and remembered for all questions to come.
+        """The video (or picture) in a file, looked at once and remembered for all questions.
 
         Args:
             path: The file.
@@ -76,21 +82,54 @@ class Assistant:
             UsageError: More frames than the model takes, or a span outside the video.
             DataError, NotFoundError, StorageError, UnavailableError: See `video.read_clip`.
         """
-        model, stopwatch = self.model, Stopwatch()
-        num_frames = model.default_frames if num_frames is None else num_frames
-        if num_frames > model.max_frames:
-            raise UsageError(
-                f"frames is {num_frames}, but {model.name} takes at most {model.max_frames}"
-            )
+        stopwatch = Stopwatch()
+        num_frames = self.model.default_frames if num_frames is None else num_frames
+        self._check_at_most("frames", num_frames)
         with stopwatch.time("decode"):
             clip = read_clip(path, num_frames, start, end)
-        with stopwatch.time("preprocess"):
-            values = pixel_values(clip.frames, model.image_size, model.image_mean, model.image_std)
-        vision = self.vision
-        with stopwatch.time("vision"):
-            keys, hidden = encode(vision, values, model.frames_coupled, progress)
-        memory = Memory(keys, hidden, model.grid, clip.info.timestamps, thumbnails(clip.frames))
-        return Video(self, memory, clip.info, stopwatch)
+        kind: Kind = "image" if clip.info.is_still else "video"
+        return self._remember(kind, clip.frames, clip.info, stopwatch, progress)
+
+    def look(self, paths: Sequence[str | Path], progress: Progress | None = None) -> Video:
+        """Several pictures, looked at together and remembered; of one, the same as `watch`.
+
+        Args:
+            paths: Their files.
+            progress: Called with the number of pictures encoded so far and of all.
+
+        Raises:
+            UsageError: No picture, or more than the model takes.
+            DataError, NotFoundError, StorageError: See `video.read_pictures`.
+        """
+        stopwatch = Stopwatch()
+        if not paths:
+            raise UsageError("there is no picture to look at")
+        self._check_at_most("the number of pictures", len(paths))
+        with stopwatch.time("decode"):
+            pictures, info = read_pictures([Path(path) for path in paths])
+        kind: Kind = "image" if len(pictures) == 1 else "images"
+        return self._remember(kind, pictures, info, stopwatch, progress)
+
+    def ask(
+        self,
+        question: str | Prompt,
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> Answer:
+        """The answer to a question about nothing to be seen; see `Video.ask`."""
+        nothing = Memory.of_nothing(self.model)
+        return Video(self, nothing, ClipInfo.of_stills(0), Stopwatch()).ask(
+            question,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
 
     @cached_property
     def vision(self) -> Engine:
@@ -108,6 +147,15 @@ class Assistant:
         return self.bundle.engine("pool", threads=self.threads)
 
     @cached_property
+    def newline(self) -> NDArray[Any] | None:
+        """(D,), the embedding that ends a row of a picture; None where the model has none."""
+        name, graphs = self.bundle.manifest.image_newline, self.bundle.manifest.graphs
+        if name is None:
+            return None
+        dtype = next(spec.dtype for spec in graphs["pool"].outputs if spec.name == "pooled")
+        return load_array(self.bundle.file(name), dtype, (self.model.decoder_width,))
+
+    @cached_property
     def decoder(self) -> Decoder:
         """prompt_embeds → ids."""
         from ppllava_runtime.decoders.onnxruntime import OnnxRuntimeDecoder
@@ -119,9 +167,39 @@ class Assistant:
         """Question → ids, ids → text."""
         return PromptBuilder.open(self.bundle)
 
+    def _check_at_most(self, what: str, count: int) -> None:
+        most = self.model.max_frames
+        if count > most:
+            raise UsageError(f"{what} is {count}, but {self.model.name} takes at most {most}")
+
+    def _remember(
+        self,
+        kind: Kind,
+        pictures: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+        info: ClipInfo,
+        stopwatch: Stopwatch,
+        progress: Progress | None,
+    ) -> Video:
+        """What was seen in the pictures (H,W,3) uint8 RGB."""
+        model, views, tiling = self.model, pictures, None
+        with stopwatch.time("preprocess"):
+            if kind == "image" and self.newline is not None:
+                height, width, _ = pictures[0].shape
+                tiling = Tiling.of((height, width), model.image_grid_pinpoints, model.image_size)
+                views = tiling.views(pictures[0])
+            values = pixel_values(views, model.image_size, model.image_mean, model.image_std)
+        vision = self.vision
+        together = None
+        if model.frames_coupled:  # in time: views of one picture are not
+            together = 1 if kind == "image" else len(values)
+        with stopwatch.time("vision"):
+            keys, hidden = encode(vision, values, together, progress)
+        seen = (info.timestamps, thumbnails(pictures), tiling)
+        return Video(self, Memory(kind, keys, hidden, model.grid, *seen), info, stopwatch)
+
 
 class Video:
-    """A video that an assistant has watched.
+    """A video, a picture or several that an assistant has looked at.
 
     Attributes:
         memory: What is kept of it.
@@ -138,7 +216,7 @@ class Video:
 
     def ask(
         self,
-        question: str,
+        question: str | Prompt,
         *,
         num_tokens: int | None = None,
         kernel: Axes | None = None,
@@ -152,8 +230,9 @@ class Video:
         """The answer, of which `relevance` is there at once and the text comes by iterating.
 
         Args:
-            question: In one's own words.
-            num_tokens: The most visual tokens after pooling; see `window.window_within`.
+            question: In one's own words; or its ids, which is what a bundle without tokenizers
+                takes.
+            num_tokens: The most visual tokens in the prompt; see `window.window_within`.
             kernel: Instead of it, the pooling window over (frames, rows, columns); without any of
                 the three it is the model's own.
             stride: Its step; by default the kernel.
@@ -164,22 +243,62 @@ class Video:
             seed: Makes sampling repeatable.
 
         Raises:
-            UsageError: A question that is empty, no text or holds a reserved token, a window that
-                does not fit, a prompt longer than the decoder takes, or a sampling value out of
-                range.
+            UsageError: A question that is empty, no text or holds a reserved token, ids without a
+                place for what was seen, a window that does not fit, a prompt longer than the
+                decoder takes, or a sampling value out of range.
+            IncompatibleError: A question in words, and a bundle without tokenizers.
         """
-        assistant, model, memory = self._assistant, self._assistant.model, self.memory
+        assistant, memory = self._assistant, self.memory
         sampling = Sampling(temperature, top_p, top_k, seed)
-        default = (
-            Window(model.image_kernel, model.image_stride)
-            if self.info.is_still
-            else Window(model.kernel, model.stride)
-        )
-        window = choose_window(memory.size, default, kernel, stride, num_tokens)
-        prompt = assistant.prompts.build(question)
-        text, pool, decoder = assistant.text, assistant.pool, assistant.decoder
+        window = memory.window(assistant.model, kernel, stride, num_tokens)
+        prompt = self._prompt(question, memory.num_places(window))
+        decoder, stopwatch = assistant.decoder, Stopwatch()
+        splices, relevance = self._pool(prompt, window, stopwatch)
+        with stopwatch.time("prefill"):
+            first, *others = prompt.parts(assistant.model.image_token_index)
+            embeds = [decoder.embed(first)]
+            for splice, part in zip(splices, others, strict=True):
+                embeds += [splice.astype(embeds[0].dtype, copy=False), decoder.embed(part)]
+            prompt_embeds = np.concatenate(embeds)
+        ids = decoder.generate(prompt_embeds, max_new_tokens, sampling)
 
-        stopwatch = Stopwatch()
+        # Watching is paid for by the first answer.
+        watched, self._unpaid = self._unpaid, None
+        if watched:
+            stopwatch.spent |= watched.spent
+        counts = Counts(
+            num_frames_decoded=self.info.num_decoded if watched else 0,
+            num_frames_encoded=memory.size[0] if watched else 0,
+            num_tokens_after=sum(map(len, splices)),
+            num_prompt_tokens=len(prompt_embeds),
+        )
+        has_text = bool(assistant.bundle.manifest.tokenizers)
+        return Answer(
+            question if isinstance(question, str) else "",
+            relevance,
+            memory,
+            ids,
+            assistant.prompts.stream() if has_text else None,
+            min(max_new_tokens, decoder.max_positions - len(prompt_embeds) + 1),
+            counts,
+            stopwatch,
+        )
+
+    def _prompt(self, question: str | Prompt, num_places: int) -> Prompt:
+        """The question's ids, in which there are so many places for visual tokens."""
+        if isinstance(question, str):
+            return self._assistant.prompts.build(question, num_places)
+        question.check(self._assistant.bundle.manifest, num_places)
+        return question
+
+    def _pool(
+        self, prompt: Prompt, window: Window, stopwatch: Stopwatch
+    ) -> tuple[list[NDArray[Any]], NDArray[np.float32]]:
+        """What goes into each place of the prompt, (n,D); and the relevance (T,h,w)."""
+        assistant, memory = self._assistant, self.memory
+        if memory.kind is None:
+            return [], np.empty(memory.size, np.float32)
+        text, pool = assistant.text, assistant.pool
         with stopwatch.time("text"):
             text_embed = text.run({"input_ids": prompt.text_ids})["text_embed"]
         with stopwatch.time("pool"):
@@ -192,30 +311,5 @@ class Video:
                     "stride": np.array(window.stride, np.int64),
                 }
             )
-        with stopwatch.time("prefill"):
-            before, after = decoder.embed(prompt.before), decoder.embed(prompt.after)
-            pooled = found["pooled"].astype(before.dtype, copy=False)
-            prompt_embeds = np.concatenate([before, pooled, after])
-        ids = decoder.generate(prompt_embeds, max_new_tokens, sampling)
-
-        # Watching is paid for by the first answer.
-        watched, self._unpaid = self._unpaid, None
-        if watched:
-            stopwatch.spent |= watched.spent
-        counts = Counts(
-            num_frames_decoded=self.info.num_decoded if watched else 0,
-            num_frames_encoded=memory.size[0] if watched else 0,
-            num_tokens_after=len(pooled),
-            num_prompt_tokens=len(prompt_embeds),
-        )
-        room = min(max_new_tokens, decoder.max_positions - len(prompt_embeds) + 1)
-        return Answer(
-            question,
-            found["relevance"],
-            memory,
-            ids,
-            assistant.prompts.stream(),
-            room,
-            counts,
-            stopwatch,
-        )
+            splices = memory.splices(found["pooled"], window, assistant.newline)
+        return splices, found["relevance"]

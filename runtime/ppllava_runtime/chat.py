@@ -1,4 +1,4 @@
-"""ppllava-chat: questions about one video, on the command line.
+"""ppllava-chat: questions about a video, about pictures or about nothing, on the command line.
 
 Answers go to stdout; progress, warnings, costs and errors go to stderr. Exit codes are those of
 ppllava_engines.errors.
@@ -12,11 +12,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ppllava_engines.errors import StorageError, UsageError, run_command
 from ppllava_runtime.answer import Answer
 from ppllava_runtime.assistant import DEFAULT_MAX_NEW_TOKENS, Assistant, Video
+from ppllava_runtime.video import ClipInfo
 from ppllava_runtime.window import Axes
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
@@ -38,36 +40,65 @@ def main(argv: Sequence[str]) -> None:
         PPLLaVAError: Any failure, except of one question among several.
     """
     options = _parser().parse_args(argv)
+    _check_together(options)
+    files = [] if options.video is None else [options.video, *options.image]
     if options.heatmap:
-        _check_heatmap(options.heatmap, options.video)
+        _check_heatmap(options.heatmap, files)
     # All of the bundle now: it may be replaced while a person types.
     assistant = Assistant.open(options.bundle, options.threads).load()
-    video = assistant.watch(options.video, options.frames, options.start, options.end, _progress())
-    if video.info.damage:
-        print(f"warning: {video.info.damage}", file=sys.stderr)
+    ask: Callable[..., Answer] = assistant.ask
+    info = ClipInfo.of_stills(0)
+    if files:
+        video = _watch(assistant, files, options)
+        info = video.info
+        ask = partial(
+            video.ask, num_tokens=options.tokens, kernel=options.kernel, stride=options.stride
+        )
+    if info.damage:
+        print(f"warning: {info.damage}", file=sys.stderr)
+    ask = partial(
+        ask,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    show = partial(_show_json if options.json else _show_text, info=info, heatmap=options.heatmap)
+    if options.question is not None:
+        show(ask(options.question))
+        return
+    _converse(ask, show, files, options)
 
-    def ask(question: str) -> Answer:
-        return video.ask(
-            question,
-            num_tokens=options.tokens,
-            kernel=options.kernel,
-            stride=options.stride,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            seed=options.seed,
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Refuses options that say something about what will not be looked at."""
+    if options.video is None and options.image:
+        raise UsageError("--image adds to a first picture: give that one instead of -")
+    idle: list[str] = []
+    if options.video is None or options.image:
+        idle += ["frames", "start", "end"]
+    if options.video is None:
+        idle += ["tokens", "kernel", "stride", "heatmap"]
+    given = [f"--{name}" for name in idle if getattr(options, name) is not None]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: of no meaning "
+            f"{'without a video' if options.video is None else 'for pictures'}, leave it out"
         )
 
-    show = _show_json if options.json else _show_text
-    if options.question is not None:
-        show(ask(options.question), video, options.heatmap)
-        return
-    _converse(ask, lambda answer: show(answer, video, options.heatmap), options)
+
+def _watch(assistant: Assistant, files: Sequence[Path], options: argparse.Namespace) -> Video:
+    if len(files) > 1:
+        return assistant.look(files, _progress())
+    return assistant.watch(files[0], options.frames, options.start, options.end, _progress())
 
 
 def _converse(
-    ask: Callable[[str], Answer], show: Callable[[Answer], None], options: argparse.Namespace
+    ask: Callable[[str], Answer],
+    show: Callable[[Answer], None],
+    files: Sequence[Path],
+    options: argparse.Namespace,
 ) -> None:
     last: Answer | None = None
     for line in _lines():
@@ -79,7 +110,7 @@ def _converse(
             elif command == "/heatmap" and rest.strip():
                 if last is None:
                     raise UsageError("there is no answer yet to draw a heatmap of")
-                _check_heatmap(Path(rest.strip()), options.video)
+                _check_heatmap(Path(rest.strip()), files)
                 last.save_heatmap(rest.strip())
                 _tell(f"wrote {rest.strip()}")
             else:
@@ -108,18 +139,23 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _show_text(answer: Answer, video: Video, heatmap: Path | None) -> None:
+def _show_text(answer: Answer, info: ClipInfo, heatmap: Path | None) -> None:
     for piece in answer:
         print(piece, end="", flush=True)
     print(flush=True)
     cost = answer.accounting
     spent = cost.milliseconds
-    seen = f"{cost.num_frames_sampled} of {video.info.num_frames} frames"
-    watched = f", {cost.num_frames_encoded} encoded" if cost.num_frames_encoded else ""
+    seen = ""
+    if answer.kind is not None:
+        what = "frames" if answer.kind == "video" else "pictures"
+        watched = f", {cost.num_frames_encoded} encoded" if cost.num_frames_encoded else ""
+        seen = (
+            f"{cost.num_frames_sampled} of {info.num_frames} {what}{watched} · "
+            f"{cost.num_tokens_before} → {cost.num_tokens_after} visual tokens · "
+        )
     cut = " (cut)" if answer.was_cut else ""
     _tell(
-        f"{seen}{watched} · {cost.num_tokens_before} → {cost.num_tokens_after} visual tokens · "
-        f"first token {spent.first_token:.0f} ms · {cost.num_new_tokens} tokens{cut} in "
+        f"{seen}first token {spent.first_token:.0f} ms · {cost.num_new_tokens} tokens{cut} in "
         f"{spent.total:.0f} ms"
     )
     if heatmap:
@@ -127,7 +163,7 @@ def _show_text(answer: Answer, video: Video, heatmap: Path | None) -> None:
         _tell(f"wrote {heatmap}")
 
 
-def _show_json(answer: Answer, video: Video, heatmap: Path | None) -> None:
+def _show_json(answer: Answer, info: ClipInfo, heatmap: Path | None) -> None:
     text, cost = answer.text, answer.accounting
     if heatmap:
         answer.save_heatmap(heatmap)
@@ -138,8 +174,9 @@ def _show_json(answer: Answer, video: Video, heatmap: Path | None) -> None:
         "question": answer.question,
         "answer": text,
         "was_cut": answer.was_cut,
-        "timestamps": [round(float(second), 6) for second in video.info.timestamps],
-        "damage": video.info.damage,
+        "media": answer.kind,
+        "timestamps": [round(float(second), 6) for second in info.timestamps],
+        "damage": info.damage,
         "heatmap": str(heatmap) if heatmap else None,
         "accounting": dataclasses.asdict(cost) | {"milliseconds": milliseconds},
     }
@@ -163,17 +200,24 @@ def _tell(note: str) -> None:
         print(f"{_DIM}{note}{_PLAIN}", file=sys.stderr)
 
 
-def _check_heatmap(path: Path, video: Path) -> None:
+def _check_heatmap(path: Path, files: Sequence[Path]) -> None:
     """Says before the work, and not after it, that its result could not or must not be written."""
     from ppllava_runtime.heatmap import SUFFIXES
 
+    if not files:
+        raise UsageError(f"heatmap {path}: there is no video to draw it on")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"heatmap {path}: there is no folder {path.absolute().parent}")
-    with suppress(OSError):  # what cannot be found is not the same
-        if path.samefile(video):
-            raise UsageError(f"heatmap {path}: this is the video itself, give another name")
+    for file in files:
+        with suppress(OSError):  # what cannot be found is not the same
+            if path.samefile(file):
+                raise UsageError(f"heatmap {path}: this is the video itself, give another name")
+
+
+def _path_or_none(text: str) -> Path | None:
+    return None if text == "-" else Path(text)
 
 
 def _axes(text: str) -> Axes:
@@ -187,13 +231,15 @@ def _axes(text: str) -> Axes:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ppllava-chat",
-        description="Answers questions about a video (or an image).",
+        description="Answers questions about a video, about pictures, or about nothing but words.",
         epilog=f"Without a question, each line of input is one: {_HELP}.",
     )
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="folder made by ppllava-export")
-    add("video", type=Path, metavar="VIDEO", help="video or image file")
+    add("video", type=_path_or_none, metavar="VIDEO", help="video or picture; - for none")
     add("question", nargs="?", help="in your own words")
+    add("--image", type=Path, action="append", default=[], metavar="PATH",
+        help="another picture beside the first; may be given again")  # fmt: skip
     add("--heatmap", type=Path, metavar="PATH", help="where the model looked: a .png or .mp4")
     add("--frames", type=int, metavar="N", help="frames to look at (default: the model's)")
     add("--start", type=float, metavar="S", help="first second to look at")

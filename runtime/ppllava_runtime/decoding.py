@@ -256,7 +256,10 @@ def upright(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
         height: The same.
     """
     picture = frame.to_ndarray(format="rgb24", width=width, height=height).view(np.uint8)
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows fewer kinds of side data than FFmpeg, EXIF is not among them
+        return np.rot90(picture, frame.rotation // 90)
     if matrix is None:
         return picture
     # A point goes from (x,y) to (a·x + c·y, b·x + d·y).

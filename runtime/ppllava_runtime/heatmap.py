@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".mp4")
 
-# Of the relevance of one video: below the first is cold, above the second as warm as can be.
+_Page = tuple[NDArray[np.uint8], str, NDArray[np.float32]]  # picture, caption, relevance
+
+# Of all relevance together: below the first is cold, above the second as warm as can be.
 _COLD_PERCENTILE, _WARM_PERCENTILE = 50.0, 99.5
 _RAMP = ((24, 20, 68), (106, 23, 110), (187, 55, 84), (246, 125, 21), (252, 255, 164))
 _STRENGTH = 0.75  # of the warmest spot's colour over the frame
@@ -39,21 +41,21 @@ _VIDEO_HEIGHTS = (240, 720)
 
 def write_heatmap(
     path: str | Path,
-    frames: NDArray[np.uint8],
-    timestamps: NDArray[np.float64],
-    relevance: NDArray[np.float32],
+    pictures: Sequence[NDArray[np.uint8]],
+    captions: Sequence[str],
+    maps: Sequence[NDArray[np.float32]],
     question: str,
 ) -> None:
     """Writes the file `path`, whole or not at all.
 
-    A .png shows all frames at once, a .mp4 one after the other. Colours are spread over the values
-    of this video: from its median, cold, to its highest, warm.
+    A .png shows all pictures at once, a .mp4 one after the other. Colours are spread over the
+    values of all: from their median, cold, to their highest, warm.
 
     Args:
         path: Ends in .png or .mp4.
-        frames: (T,H,W,3) uint8 RGB.
-        timestamps: (T,) seconds.
-        relevance: (T,h,w), in [-1,1].
+        pictures: (H,W,3) uint8 RGB each.
+        captions: What is written under each.
+        maps: The relevance (h,w) over each, in [-1,1].
         question: The title.
 
     Raises:
@@ -64,9 +66,11 @@ def write_heatmap(
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     writer = _write_sheet if path.suffix.lower() == ".png" else _write_film
-    low, high = np.percentile(relevance, (_COLD_PERCENTILE, _WARM_PERCENTILE))
+    values = np.concatenate([relevance.ravel() for relevance in maps])
+    low, high = np.percentile(values, (_COLD_PERCENTILE, _WARM_PERCENTILE))
+    pages = [*zip(pictures, captions, maps, strict=True)]
     with _replaced(path) as partial:
-        writer(partial, frames, timestamps, relevance, (float(low), float(high)), question)
+        writer(partial, pages, (float(low), float(high)), question)
 
 
 def overlay(
@@ -99,21 +103,16 @@ def _colours(warmth: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _write_sheet(
-    path: Path,
-    frames: NDArray[np.uint8],
-    timestamps: NDArray[np.float64],
-    relevance: NDArray[np.float32],
-    scale: tuple[float, float],
-    question: str,
+    path: Path, pages: Sequence[_Page], scale: tuple[float, float], question: str
 ) -> None:
     from PIL import Image, ImageDraw
 
-    count, height, width, _ = frames.shape
-    columns = min(count, max(2, math.ceil(math.sqrt(count * height / width * 1.6))))
+    count, proportion = len(pages), _proportion(pages)
+    columns = min(count, max(2, math.ceil(math.sqrt(count * proportion * 1.6))))
     rows = -(-count // columns)
     narrow, wide = _TILE_WIDTHS
     tile_width = max(narrow, min(wide, (_SHEET_WIDTH - _MARGIN) // columns - _MARGIN))
-    tile = (tile_width, max(1, round(tile_width * height / width)))
+    tile = (tile_width, max(1, round(tile_width * proportion)))
     title_font, font = _font(22), _font(14)
 
     sheet_width = max(columns * (tile[0] + _MARGIN) + _MARGIN, 480)
@@ -125,11 +124,12 @@ def _write_sheet(
     draw = ImageDraw.Draw(sheet)
     for line, text in enumerate(title):
         draw.text((_MARGIN, _MARGIN + 28 * line), text, _INK, title_font)
-    for i in range(count):
+    for i, (picture, caption, relevance) in enumerate(pages):
         x = _MARGIN + i % columns * (tile[0] + _MARGIN)
         y = top + i // columns * row_height
-        sheet.paste(overlay(frames[i], relevance[i], scale, tile), (x, y))
-        draw.text((x, y + tile[1] + 3), _clock(timestamps[i]), _FAINT_INK, font)
+        size, (left, above) = _fitted(picture, tile)
+        sheet.paste(overlay(picture, relevance, scale, size), (x + left, y + above))
+        draw.text((x + left, y + tile[1] + 3), caption, _FAINT_INK, font)
     _draw_legend(sheet, (_MARGIN, bottom + 8), scale, font)
     sheet.save(path, format="PNG")
 
@@ -152,47 +152,52 @@ def _draw_legend(
 
 
 def _write_film(
-    path: Path,
-    frames: NDArray[np.uint8],
-    timestamps: NDArray[np.float64],
-    relevance: NDArray[np.float32],
-    scale: tuple[float, float],
-    question: str,
+    path: Path, pages: Sequence[_Page], scale: tuple[float, float], question: str
 ) -> None:
     import av
     from PIL import Image, ImageDraw
 
-    _, height, width, _ = frames.shape
     least, most = _VIDEO_HEIGHTS
-    tall = min(max(height, least), most)
-    picture = (2 * round(width * tall / height / 2), 2 * round(tall / 2))
+    tall = min(max(max(len(picture) for picture, _, _ in pages), least), most)
+    box = (2 * max(1, round(tall / _proportion(pages) / 2)), 2 * round(tall / 2))
     font = _font(16)
-    title = _wrapped(question, font, picture[0] - 2 * _MARGIN)
+    title = _wrapped(question, font, box[0] - 2 * _MARGIN)
     top = 2 * ((2 * _MARGIN + 22 * len(title)) // 2)
-    size = (picture[0], top + picture[1] + 36)
+    page_size = (box[0], top + box[1] + 36)
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_VIDEO_FPS, options={"crf": "18"})
-        stream.width, stream.height = size
+        stream.width, stream.height = page_size
         stream.pix_fmt = "yuv420p"
-        for i in range(len(frames)):
-            page = Image.new("RGB", size, _BACKGROUND)
+        for i, (picture, caption, relevance) in enumerate(pages):
+            page = Image.new("RGB", page_size, _BACKGROUND)
             draw = ImageDraw.Draw(page)
             for line, text in enumerate(title):
                 draw.text((_MARGIN, _MARGIN + 22 * line), text, _INK, font)
-            page.paste(overlay(frames[i], relevance[i], scale, picture), (0, top))
-            _draw_legend(page, (_MARGIN, top + picture[1] + 8), scale, font)
-            clock = _clock(timestamps[i])
-            right = size[0] - _MARGIN - math.ceil(draw.textlength(clock, font))
-            draw.text((right, top + picture[1] + 8), clock, _INK, font)
+            size, (left, above) = _fitted(picture, box)
+            page.paste(overlay(picture, relevance, scale, size), (left, top + above))
+            _draw_legend(page, (_MARGIN, top + box[1] + 8), scale, font)
+            right = page_size[0] - _MARGIN - math.ceil(draw.textlength(caption, font))
+            draw.text((right, top + box[1] + 8), caption, _INK, font)
             frame = av.VideoFrame.from_ndarray(np.asarray(page), format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, _VIDEO_FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(float(seconds) * 100), 6000)
-    return f"{minutes}:{rest / 100:05.2f}"
+def _proportion(pages: Sequence[_Page]) -> float:
+    """Height by width of the boxes that pictures are fitted into: the middle one's."""
+    sizes = (picture.shape[:2] for picture, _, _ in pages)
+    return float(sorted(height / width for height, width in sizes)[len(pages) // 2])
+
+
+def _fitted(
+    picture: NDArray[np.uint8], box: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width,height) of a picture in a box of (width,height), and of what is free to its corner."""
+    height, width, _ = picture.shape
+    scale = min(box[0] / width, box[1] / height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return size, ((box[0] - size[0]) // 2, (box[1] - size[1]) // 2)
 
 
 def _font(size: int) -> Font:

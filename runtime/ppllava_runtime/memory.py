@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ppllava_engines.bundle import ModelSpec
 from ppllava_engines.engine import Engine
+from ppllava_runtime.anyres import Tiling
+from ppllava_runtime.window import Axes, Window, choose_tile_window, choose_window, video_window
+
+Kind = Literal["video", "image", "images"]
 
 # Enough frames at a time to keep the cores busy, few enough to keep the activations small.
 _FRAMES_PER_RUN = 4
@@ -18,32 +23,107 @@ _THUMBNAIL_SIDE = 480
 
 @dataclass(frozen=True)
 class Memory:
-    """A video as the model remembers it.
+    """A video, a picture or several as the model remembers them.
 
     Attributes:
-        keys: (T,L,P), what a question is compared with; float32 or float16 as the bundle.
+        kind: Which of these; None is nothing at all.
+        keys: (T,L,P), what a question is compared with; float32 or float16 as the bundle. T counts
+            frames of a video, views of a picture or pictures.
         hidden: (T,L,D), what is pooled; the same dtype.
         grid: Patches (h,w) of a frame; L = h·w.
-        timestamps: (T,) float64, seconds since the first frame of the file.
-        thumbnails: (T,H,W,3) uint8 RGB, the frames at no more than 480 pixels a side, for people.
+        timestamps: (T,) float64, seconds since the first frame of the file; 0 of pictures.
+        thumbnails: The frames or pictures (H,W,3) uint8 RGB at no more than 480 pixels a side, for
+            people.
+        tiling: How a picture was cut into views; None where nothing was.
     """
 
+    kind: Kind | None
     keys: NDArray[Any]
     hidden: NDArray[Any]
     grid: tuple[int, int]
     timestamps: NDArray[np.float64]
-    thumbnails: NDArray[np.uint8]
+    thumbnails: tuple[NDArray[np.uint8], ...]
+    tiling: Tiling | None = None
+
+    @staticmethod
+    def of_nothing(model: ModelSpec) -> Memory:
+        """The memory of having seen nothing: of no frames."""
+        patches = model.grid[0] * model.grid[1]
+        keys = np.empty((0, patches, model.key_width), np.float32)
+        hidden = np.empty((0, patches, model.decoder_width), np.float32)
+        return Memory(None, keys, hidden, model.grid, np.empty(0), ())
 
     @property
-    def size(self) -> tuple[int, int, int]:
+    def size(self) -> Axes:
         """The number of tokens per axis: (T,h,w)."""
         return (len(self.keys), *self.grid)
+
+    @property
+    def captions(self) -> list[str]:
+        """A few words under each thumbnail."""
+        if self.kind == "video":
+            return [_clock(seconds) for seconds in self.timestamps]
+        count = len(self.thumbnails)
+        return [f"picture {i + 1}" if count > 1 else "" for i in range(count)]
+
+    def window(
+        self,
+        model: ModelSpec,
+        kernel: Axes | None = None,
+        stride: Axes | None = None,
+        num_tokens: int | None = None,
+    ) -> Window:
+        """The pooling window that a caller asked for, or the model's own for this kind.
+
+        The views of one picture have no order in time: nothing is pooled over them.
+
+        Raises:
+            UsageError: See `choose_window`.
+        """
+        own = Window(model.image_kernel, model.image_stride)
+        if self.kind == "video":
+            own = video_window(model, self.size)
+        if self.tiling is None:
+            return choose_window(self.size, own, kernel, stride, num_tokens)
+        return choose_tile_window(self.tiling, self.grid, own, kernel, stride, num_tokens)
+
+    def num_places(self, window: Window) -> int:
+        """How many places of a prompt take what was pooled: one per picture that stays apart."""
+        if self.kind == "images":
+            return len(self.keys) if window.kernel[0] == window.stride[0] == 1 else 1
+        return 0 if self.kind is None else 1
+
+    def splices(
+        self, pooled: NDArray[Any], window: Window, newline: NDArray[Any] | None
+    ) -> list[NDArray[Any]]:
+        """What goes into each place of the prompt, (n,D) each.
+
+        Args:
+            pooled: (N,D), all windows of all frames.
+            window: By which they were pooled.
+            newline: (D,), between the rows of a picture's tiles.
+        """
+        if self.tiling is not None and newline is not None:
+            _, h, w = window.output(self.size)
+            return [self.tiling.assembled(pooled.reshape(len(self.keys), h, w, -1), newline)]
+        return np.split(pooled, self.num_places(window))
+
+    def maps(self, relevance: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The relevance (h,w) over each thumbnail; of a picture in tiles, the finer one of these.
+
+        Args:
+            relevance: (T,h,w), of every frame or view.
+        """
+        if self.tiling is not None and self.tiling.num_views > 1:
+            fine = self.tiling.arranged(relevance[1:])
+            return [fine if fine.size else relevance[0]]
+        return list(relevance)
 
 
 def encode(
     vision: Engine,
     pixel_values: NDArray[np.float32],
-    frames_coupled: bool,
+    frames_per_run: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Keys (T,L,P) and hidden (T,L,D) of all frames.
@@ -51,13 +131,13 @@ def encode(
     Args:
         vision: The engine of the vision graph.
         pixel_values: (T,3,S,S).
-        frames_coupled: Whether frames see each other, and so must go in together.
+        frames_per_run: How many see each other, where frames do; None where they do not.
         progress: Called with the number of frames done and T, before the first and after each run.
     """
     num_frames = len(pixel_values)
     values = pixel_values.astype(vision.inputs[0].dtype, copy=False)
     whole: dict[str, NDArray[Any]] = {}
-    step = num_frames if frames_coupled else _FRAMES_PER_RUN
+    step = frames_per_run or _FRAMES_PER_RUN
     for first in range(0, num_frames, step):
         if progress:
             progress(first, num_frames)
@@ -70,14 +150,23 @@ def encode(
     return whole["keys"], whole["hidden"]
 
 
-def thumbnails(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(T,h,w,3) uint8: the frames, shrunk to 480 pixels on the longer side if they are larger."""
+def thumbnails(pictures: Iterable[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], ...]:
+    """The pictures (H,W,3) uint8, shrunk to 480 pixels on the longer side if they are larger."""
     from PIL import Image
 
-    _, height, width, _ = frames.shape
-    scale = _THUMBNAIL_SIDE / max(height, width)
-    if scale >= 1:
-        return frames
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    smaller = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
-    return np.stack([np.asarray(picture) for picture in smaller])
+    smaller = []
+    for picture in pictures:
+        height, width, _ = picture.shape
+        scale = _THUMBNAIL_SIDE / max(height, width)
+        if scale < 1:
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            shrunk = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
+            smaller.append(np.asarray(shrunk))
+        else:
+            smaller.append(picture)
+    return tuple(smaller)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(float(seconds) * 100), 6000)
+    return f"{minutes}:{rest / 100:05.2f}"

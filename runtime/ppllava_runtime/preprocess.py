@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 
 def pixel_values(
-    frames: NDArray[np.uint8], size: int, mean: Sequence[float], std: Sequence[float]
+    frames: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> NDArray[np.float32]:
     """(T,3,size,size) float32: frames resized to a square, scaled to [0,1], normalised per channel.
 
@@ -17,7 +20,7 @@ def pixel_values(
     shrinking, on 8-bit values; the aspect ratio is not kept and nothing is cut off.
 
     Args:
-        frames: (T,H,W,3) uint8 RGB.
+        frames: (T,H,W,3) uint8 RGB, or T pictures (H,W,3) that differ in size.
         size: Side of the square, S.
         mean: Per RGB channel, of values in [0,1].
         std: The same.

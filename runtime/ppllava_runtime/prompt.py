@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ppllava_engines.bundle import Bundle, ModelSpec
+from ppllava_engines.bundle import Bundle, Manifest, ModelSpec
 from ppllava_engines.errors import DataError, IncompatibleError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_PLACE = "<image>\n"  # in a template
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders show for bytes that are no character yet
 
 
@@ -23,13 +24,36 @@ class Prompt:
     """A question as ids.
 
     Attributes:
-        text_ids: (1,n) int64 for the text tower, from its first to its end token.
-        before, after: The decoder's ids around the place of the pooled tokens.
+        text_ids: (1,n) int64 for the text tower, from its first to its end token and padded where
+            the tower wants it.
+        ids: The decoder's; each of the model's `image_token_index` is a place for visual tokens.
     """
 
     text_ids: NDArray[np.int64]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    ids: tuple[int, ...]
+
+    def check(self, manifest: Manifest, num_places: int) -> None:
+        """Nothing, when the ids are the decoder's and leave so many places for visual tokens.
+
+        Raises:
+            UsageError: They do not.
+        """
+        place, vocab_size = manifest.model.image_token_index, manifest.decoder.vocab_size
+        unknown = [id_ for id_ in self.ids if id_ != place and not 0 <= id_ < vocab_size]
+        if not self.ids or unknown:
+            got = f"{unknown[0]} among its ids" if unknown else "no ids"
+            raise UsageError(f"the prompt has {got}, expected some from 0 to {vocab_size - 1}")
+        if self.ids.count(place) != num_places:
+            raise UsageError(
+                f"the prompt has {self.ids.count(place)} places for visual tokens (id {place}), "
+                f"expected {num_places}"
+            )
+
+    def parts(self, image_token_index: int) -> list[tuple[int, ...]]:
+        """The decoder's ids before, between and after its places."""
+        places = [i for i, id_ in enumerate(self.ids) if id_ == image_token_index]
+        starts, ends = [0, *(place + 1 for place in places)], [*places, len(self.ids)]
+        return [self.ids[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 class PromptBuilder:
@@ -49,9 +73,11 @@ class PromptBuilder:
         self._text = text
         self._model = model
         added = decoder.get_added_tokens_decoder().values()
-        ends = (model.text_bos_token_id, model.text_eos_token_id)
         self._reserved = {token.content for token in added if token.special}
-        self._reserved |= {token for id_ in ends if (token := text.id_to_token(id_))}
+        ends = (model.text_bos_token_id, model.text_eos_token_id, model.text_pad_token_id)
+        self._reserved |= {
+            token for id_ in ends if id_ is not None and (token := text.id_to_token(id_))
+        }
 
     @staticmethod
     def open(bundle: Bundle) -> PromptBuilder:
@@ -70,13 +96,17 @@ class PromptBuilder:
         decoder, text = (_load(bundle.file(files[name])) for name in names)
         return PromptBuilder(decoder, text, bundle.manifest.model)
 
-    def build(self, question: str) -> Prompt:
+    def build(self, question: str, num_places: int = 1) -> Prompt:
         """The ids of one question; a question too long for the text tower guides by its beginning.
+
+        Args:
+            question: In one's own words.
+            num_places: Places for visual tokens before it: one for a video, none without.
 
         Raises:
             UsageError: A question that is empty, is not text or contains a token reserved for the
                 template.
-            DataError: A template that does not give exactly one place for the pooled tokens.
+            DataError: A template that does not give so many places.
         """
         question = question.strip()
         if not question:
@@ -91,17 +121,24 @@ class PromptBuilder:
             if token in question:
                 raise UsageError(f"the question contains the reserved {token!r}: leave it out")
         model = self._model
-        ids = self._decoder.encode(model.chat_template.replace("{question}", question)).ids
-        if ids.count(model.image_token_index) != 1:
+        turn = model.chat_template.replace(_PLACE, _PLACE * num_places)
+        ids = self._decoder.encode(turn.replace("{question}", question)).ids
+        if ids.count(model.image_token_index) != num_places:
             raise DataError(
                 f"model {model.name}: its chat template gives {ids.count(model.image_token_index)} "
-                f"image tokens (id {model.image_token_index}), expected 1: export it again"
+                f"image tokens (id {model.image_token_index}), expected {num_places}: export it "
+                "again"
             )
-        place = ids.index(model.image_token_index)
+        return Prompt(self._text_ids(question), tuple(ids))
+
+    def _text_ids(self, question: str) -> NDArray[np.int64]:
+        model = self._model
+        begin = [] if model.text_bos_token_id is None else [model.text_bos_token_id]
         words = self._text.encode(question, add_special_tokens=False).ids
-        ends = [model.text_bos_token_id], [model.text_eos_token_id]
-        text_ids = ends[0] + words[: model.text_positions - 2] + ends[1]
-        return Prompt(np.array([text_ids], np.int64), tuple(ids[:place]), tuple(ids[place + 1 :]))
+        ids = [*(begin + words)[: model.text_positions - 1], model.text_eos_token_id]
+        if model.text_pad_token_id is not None:
+            ids += [model.text_pad_token_id] * (model.text_positions - len(ids))
+        return np.array([ids], np.int64)
 
     def stream(self) -> TextStream:
         """A new stream for one answer."""

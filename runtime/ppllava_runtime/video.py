@@ -23,7 +23,6 @@ from ppllava_engines.errors import (
     DataError,
     InternalError,
     NotFoundError,
-    StorageError,
     UsageError,
 )
 from ppllava_runtime.decoding import (
@@ -37,25 +36,24 @@ from ppllava_runtime.decoding import (
     read_index,
     upright,
 )
+from ppllava_runtime.pictures import read_picture
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.video.stream import VideoStream
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What is known of a file and of the frames chosen from it.
+    """What is known of a file and of the frames chosen from it; or of several pictures' files.
 
     Attributes:
         timestamps: (T,) float64, seconds since the first frame of the file.
         indices: Place of each among all frames of the file, counted from 0.
         num_frames: How many frames the file has, M.
         num_decoded: How many were decoded to get these.
-        fps: Frames per second of the file; 0 for a still image.
-        damage: A sentence about frames that are announced but not there, or None.
+        fps: Frames per second of the file; 0 for pictures.
+        damage: A sentence about frames that are there or announced but not looked at, or None.
     """
 
     timestamps: NDArray[np.float64]
@@ -67,8 +65,13 @@ class ClipInfo:
 
     @property
     def is_still(self) -> bool:
-        """Whether this is an image and not a video."""
+        """Whether this is a picture, or several, and not a video."""
         return self.fps == 0
+
+    @staticmethod
+    def of_stills(count: int, damage: str | None = None) -> ClipInfo:
+        """What there is to know of `count` pictures."""
+        return ClipInfo(np.zeros(count), tuple(range(count)), count, count, 0, damage)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def read_clip(
     and times are taken from what can be decoded, and `ClipInfo.damage` says so.
 
     Args:
-        path: A file of any container and codec that FFmpeg knows, or one of IMAGE_SUFFIXES.
+        path: A file of any container and codec that FFmpeg knows, or a picture.
         num_frames: How many to choose, T; more than the file has repeats some.
         start: Seconds since the first frame; None is the first frame.
         end: The same; None is the last frame.
@@ -106,8 +109,9 @@ def read_clip(
         raise NotFoundError(f"video {path}: no such file")
     if not path.is_file():
         raise DataError(f"video {path}: not a file")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_image(path)
+    if (found := read_picture(path)) is not None:
+        picture, note = found
+        return Clip(picture[None], ClipInfo.of_stills(1, note))
 
     with opened(path) as (container, stream):
         index = read_index(container, stream)
@@ -131,6 +135,23 @@ def read_clip(
         frames = enumerate(Decoded(container, stream))
         damage = _damage(path, len(times), promised, estimate)
         return choice.clip(frames, damage, already=len(times))
+
+
+def read_pictures(paths: Sequence[Path]) -> tuple[list[NDArray[np.uint8]], ClipInfo]:
+    """The pictures (H,W,3) uint8 RGB, upright, in files that are not videos.
+
+    Raises:
+        DataError: A file that is none, or is damaged.
+        NotFoundError, StorageError: See `pictures.read_picture`.
+    """
+    pictures: list[NDArray[np.uint8]] = []
+    notes: list[str] = []
+    for path in paths:
+        if (found := read_picture(path)) is None:
+            raise DataError(f"image {path}: not an image, give a video alone")
+        pictures.append(found[0])
+        notes += [found[1]] if found[1] else []
+    return pictures, ClipInfo.of_stills(len(pictures), "; ".join(notes) or None)
 
 
 def choose_frames(
@@ -256,17 +277,3 @@ def _damage(path: Path, found: int, promised: int, estimate: int) -> str | None:
         return None
     whole = f"its {promised}" if promised >= estimate else f"about {estimate}"
     return f"video {path}: only {found} of {whole} frames can be decoded, the rest is lost"
-
-
-def _read_image(path: Path) -> Clip:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except PermissionError as error:
-        raise StorageError(f"image {path}: no permission to read it") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {path}: not an image that can be read ({error})") from error
-    info = ClipInfo(np.zeros(1), (0,), num_frames=1, num_decoded=1, fps=0)
-    return Clip(picture[None], info)

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
+from ppllava_engines.bundle import ModelSpec, Pooling
 from ppllava_engines.errors import UsageError
+from ppllava_runtime.anyres import Tiling
 
 Axes = tuple[int, int, int]
 
@@ -27,6 +29,20 @@ class Window:
     def num_tokens(self, size: Axes) -> int:
         """The number of windows in all, N."""
         return math.prod(self.output(size))
+
+
+def video_window(model: ModelSpec, size: Axes) -> Window:
+    """The model's own window for a video of `size` tokens (T,h,w).
+
+    Where the model fixes the number of windows and the video is too small for so many, there are
+    as many as there are tokens.
+    """
+    if model.pooling is None:
+        return Window(model.kernel, model.stride)
+    try:
+        return Window(*model.pooling.window(size))
+    except ValueError:
+        return Window(*Pooling(_fitted(model.pooling.output, size)).window(size))
 
 
 def choose_window(
@@ -64,9 +80,47 @@ def choose_window(
     if window.kernel != _fitted(window.kernel, size):
         raise UsageError(
             f"kernel {_shown(window.kernel)} does not fit into the {_shown(size)} tokens "
-            "(frames,rows,columns) of this video: make it smaller or sample more frames"
+            "(frames,rows,columns) that were seen: make it smaller or sample more frames"
         )
     return window
+
+
+def choose_tile_window(
+    tiling: Tiling,
+    grid: tuple[int, int],
+    default: Window,
+    kernel: Axes | None = None,
+    stride: Axes | None = None,
+    num_tokens: int | None = None,
+) -> Window:
+    """The window for each view of a picture in tiles; over the views, its extent and step are 1.
+
+    Args:
+        tiling: How the picture was cut.
+        grid: Patches (h,w) of a view.
+        default: The model's own.
+        kernel: The extent of a window.
+        stride: Its step.
+        num_tokens: Instead of these, the most tokens of all views and their newlines together.
+
+    Raises:
+        UsageError: See `choose_window`; or a budget that not even one token per view keeps.
+    """
+    size = (1, *grid)
+    if num_tokens is None or kernel or stride:
+        window = choose_window(size, default, kernel, stride, num_tokens)
+        return Window((1, *window.kernel[1:]), (1, *window.stride[1:]))
+    per_view = math.prod(size)
+    while per_view:
+        window = choose_window(size, default, num_tokens=min(per_view, num_tokens))
+        _, h, w = window.output(size)
+        if tiling.num_tokens(h, w) <= num_tokens:
+            return window
+        per_view = h * w - 1
+    raise UsageError(
+        f"the number of tokens is {num_tokens}, but this picture in {tiling.num_views} views takes "
+        f"{tiling.num_tokens(1, 1)} or more"
+    )
 
 
 def window_within(num_tokens: int, size: Axes, default: Window) -> Window:
@@ -132,8 +186,8 @@ def _span(size: int, output: int) -> tuple[int, int]:
     return size - (output - 1) * stride, stride
 
 
-def _fitted(kernel: Axes, size: Axes) -> Axes:
-    t, h, w = (min(k, i) for k, i in zip(kernel, size, strict=True))
+def _fitted(axes: Axes, size: Axes) -> Axes:
+    t, h, w = (min(axis, most) for axis, most in zip(axes, size, strict=True))
     return (t, h, w)
 
 

@@ -5,20 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from ppllava_engines.bundle import Bundle, GraphSpec, TensorSpec
 from ppllava_engines.engine import Engine, open_engine
 from ppllava_engines.errors import (
     DataError,
+    IncompatibleError,
     InternalError,
     NotFoundError,
     UnavailableError,
     UsageError,
 )
 from ppllava_engines.onnxruntime import open_session
-from tiny_bundle import scale_spec, write_bundle, write_graph
+from tiny_bundle import WIDTH, scale_spec, write_bundle, write_graph
 
 
 @pytest.fixture
@@ -152,3 +155,68 @@ def test_a_graph_that_fails_on_what_fits_is_our_fault(
     with pytest.raises(InternalError, match="product: ONNX Runtime failed"):
         engine.run({"a": ones(2, 3), "b": ones(2, 4)})
     assert capfd.readouterr() == ("", "")
+
+
+def write_bfloat16_graph(path: Path) -> Path:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", WIDTH)) for name in "xy"]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["narrow"], to=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["narrow", "w"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    weight = helper.make_tensor("w", TensorProto.BFLOAT16, (WIDTH, WIDTH), np.eye(WIDTH).ravel())
+    return save_graph(path, nodes, values[:1], values[1:], [weight])
+
+
+def save_graph(path: Path, nodes: Any, inputs: Any, outputs: Any, initializers: Any) -> Path:
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path
+    )
+    return path
+
+
+def test_a_bfloat16_graph_is_refused_with_what_to_do(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_bfloat16_graph(tmp_path / "narrow.onnx")
+    with pytest.raises(IncompatibleError, match=r"bfloat16 .*: export with --dtype fp32 or fp16"):
+        open_session(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_int8_products_do_not_saturate(tmp_path: Path) -> None:
+    """The largest int8 values on both sides: in 16 bits, two products already overflow."""
+    size, step = 64, np.float32(0.01)
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", size)) for name in ("x", "y")
+    )
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "steps", "zeros"], ["wd"], axis=1),
+        helper.make_node("MatMul", ["d", "wd"], ["y"]),
+    ]
+    arrays = {
+        "step": step,
+        "zero": np.int8(0),
+        "w": np.full((size, size), 127, np.int8),
+        "steps": np.full(size, step),
+        "zeros": np.zeros(size, np.int8),
+    }
+    initializers = [numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items()]
+    path = save_graph(tmp_path / "int8.onnx", nodes, [x], [y], initializers)
+    ones = np.full((2, size), 127 * step, np.float32)
+    exact = size * (127 * step) ** 2
+    for lean in (False, True):
+        (got,) = open_session(path, lean=lean).run(None, {"x": ones})
+        np.testing.assert_allclose(got, exact, rtol=1e-5)
+
+
+def test_a_lean_engine_computes_the_same(tmp_path: Path) -> None:
+    spec = scale_spec()
+    path = write_graph(tmp_path / "scale.onnx", spec)
+    feeds = {"x": ones(2, 3), "w": 2 * ones(2, 3)}
+    for lean in (False, True):
+        engine = open_engine(path, spec, lean=lean)
+        np.testing.assert_array_equal(engine.run(feeds)["y"], 2 * ones(2, 3))

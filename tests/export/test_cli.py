@@ -37,8 +37,8 @@ def misshape(folder: Path) -> None:
 
 FAILURES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "missing config": (lambda folder: (folder / "config.json").unlink(), 66, "config.json"),
-    "missing weights": (lambda folder: (folder / WEIGHTS).unlink(), 66, WEIGHTS),
-    "missing shard": (miss_a_shard, 66, SHARD),
+    "missing weights": (lambda folder: (folder / WEIGHTS).unlink(), 65, WEIGHTS),
+    "missing shard": (miss_a_shard, 65, SHARD),
     "truncated header": (truncate, 65, WEIGHTS),
     "wrong shape": (misshape, 65, f"{LINEAR} (2, 3) instead of (64, 32)"),
     "pooling": (lambda folder: edit_json(folder / "config.json", pooling="avp"), 78, "pooling"),

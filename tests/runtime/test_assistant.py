@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import UsageError
@@ -66,7 +65,7 @@ def test_an_answer_is_what_the_graphs_say(video: Video, bundle: Path, clip: Path
     np.testing.assert_allclose(answer.relevance, expected, atol=1e-5)
     assert answer.accounting.num_tokens_before == 6 * 16
     assert answer.accounting.num_tokens_after == 4 * 4 * 2 == len(found["pooled"])
-    assert answer.accounting.num_prompt_tokens == 32 + len(prompt.before) + len(prompt.after)
+    assert answer.accounting.num_prompt_tokens == 32 + len(prompt.ids) - 1
 
 
 def test_a_second_question_encodes_nothing(
@@ -151,18 +150,11 @@ def test_a_half_precision_bundle_answers(bundle_fp16: Path, clip: Path, video: V
 def test_frames_may_be_encoded_in_parts(assistant: Assistant) -> None:
     values = np.random.default_rng(0).normal(size=(7, 3, 32, 32)).astype(np.float32)
     told: list[tuple[int, int]] = []
-    parts = encode(assistant.vision, values, False, lambda done, total: told.append((done, total)))
-    whole = encode(assistant.vision, values, True)
+    parts = encode(assistant.vision, values, None, lambda done, total: told.append((done, total)))
+    whole = encode(assistant.vision, values, 7)
     for part, all_ in zip(parts, whole, strict=True):
         np.testing.assert_allclose(part, all_, atol=1e-5)
     assert told == [(0, 7), (4, 7), (7, 7)]
-
-
-def test_an_image_is_pooled_as_one(assistant: Assistant, tmp_path: Path) -> None:
-    Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "image.png")
-    answer = assistant.watch(tmp_path / "image.png").ask(QUESTION, max_new_tokens=3)
-    assert answer.relevance.shape == (1, 4, 4)
-    assert answer.accounting.num_tokens_after == 4  # by the image kernel, (1,2,2)
 
 
 def test_one_frame_of_a_video_can_be_asked_about(assistant: Assistant, clip: Path) -> None:

@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ppllava_runtime import chat as chat_module
+from ppllava_runtime.video import read_clip
 from tiny_videos import numbered_frames, write_audio, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +80,7 @@ def test_answers_a_program(bundle: Path, clip: Path, tmp_path: Path) -> None:
     record = json.loads(done.stdout)
     assert record["question"] == "What moves?"
     assert record["answer"]
+    assert record["media"] == "video"
     assert record["was_cut"] is True
     assert record["heatmap"] == str(out)
     assert out.is_file()
@@ -108,6 +111,45 @@ def test_answers_many_questions(bundle: Path, clip: Path, tmp_path: Path) -> Non
         "error: /what is not understood: type a question, /heatmap PATH for the last answer, or an "
         "empty line to end",
     ]
+
+
+def test_looks_at_pictures(bundle: Path, tmp_path: Path) -> None:
+    pictures = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(pictures):
+        Image.fromarray(numbered_frames(3, 64, 64)[number]).save(path)
+    first, *others = pictures
+    told = ("--max-new-tokens", 5, "--json", "--heatmap", tmp_path / "map.mp4")
+    alone = chat(bundle, first, "Which?", *told)
+    beside = [option for path in others for option in ("--image", path)]
+    together = chat(bundle, first, "Which?", *beside, *told)
+    records = [json.loads(done.stdout) for done in (alone, together)]
+    assert [done.stderr for done in (alone, together)] == ["", ""]
+    assert [record["media"] for record in records] == ["image", "images"]
+    counts = [record["accounting"]["num_frames_sampled"] for record in records]
+    assert counts == [1, 3]
+    assert [record["timestamps"] for record in records] == [[0.0], [0.0] * 3]
+    assert read_clip(tmp_path / "map.mp4", 1).info.num_frames == 3
+
+
+def test_talks_about_nothing(bundle: Path, tmp_path: Path) -> None:
+    typed = f"one?\n/heatmap {tmp_path / 'map.png'}\ntwo?\n"
+    done = chat(bundle, "-", "--max-new-tokens", 5, "--json", typed=typed)
+    assert done.returncode == 0
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["question"] for record in records] == ["one?", "two?"]
+    assert all(record["media"] is None and record["timestamps"] == [] for record in records)
+    assert all(record["accounting"]["num_tokens_after"] == 0 for record in records)
+    sentence = f"heatmap {tmp_path / 'map.png'}: there is no video to draw it on"
+    assert done.stderr == f"error: {sentence}\n"
+
+
+def test_a_file_may_be_called_a_dash(
+    bundle: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(clip, tmp_path / "-")
+    monkeypatch.chdir(tmp_path)
+    done = chat(bundle, "./-", "What moves?", "--max-new-tokens", 1, "--json")
+    assert json.loads(done.stdout)["media"] == "video"
 
 
 def test_streams_into_a_pipe(bundle: Path, clip: Path) -> None:
@@ -159,7 +201,7 @@ def test_a_heatmap_never_replaces_the_video(bundle: Path, clip: Path, tmp_path: 
 def test_an_interrupt_leaves_no_empty_line_among_json(
     bundle: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat_module, "_lines", lambda: iter(["first?"]))
@@ -259,6 +301,30 @@ class TestBadInput:
                 "text: export it again without --skip-tokenizer",
             )
 
+    def test_pictures(self, bundle: Path, clip: Path, tmp_path: Path) -> None:
+        picture = tmp_path / "picture.png"
+        Image.fromarray(numbered_frames(1)[0]).save(picture)
+        self.assert_fails(
+            chat(bundle, "-", "?", "--image", picture),
+            2,
+            "--image adds to a first picture: give that one instead of -",
+        )
+        self.assert_fails(
+            chat(bundle, clip, "?", "--image", picture),
+            65,
+            f"image {clip}: not an image, give a video alone",
+        )
+        self.assert_fails(
+            chat(bundle, tmp_path / "none.png", "?", "--image", picture),
+            66,
+            f"image {tmp_path / 'none.png'}: no such file",
+        )
+        self.assert_fails(
+            chat(bundle, "-", "?", "--heatmap", tmp_path / "map.png"),
+            2,
+            "--heatmap: of no meaning without a video, leave it out",
+        )
+
     def test_question_that_is_no_text(self, bundle: Path, clip: Path) -> None:
         self.assert_fails(
             chat(bundle, clip, "caf\udce9"), 2, "the question is not text: expected UTF-8"
@@ -273,11 +339,11 @@ class TestBadInput:
         manifest = old / "manifest.json"
         text = manifest.read_text(encoding="utf-8")
         manifest.write_text(
-            text.replace('"schema_version": 1', '"schema_version": 99'), encoding="utf-8"
+            text.replace('"schema_version": 2', '"schema_version": 99'), encoding="utf-8"
         )
         done = chat(old, clip, "?")
         assert done.returncode == 78
-        assert "schema_version is 99, this release reads 1" in done.stderr
+        assert "schema_version is 99, this release reads 2" in done.stderr
         assert done.stderr.count("\n") == 1
 
         broken = tmp_path / "broken"
@@ -314,6 +380,24 @@ class TestBadInput:
         assert done.stdout == ""
         assert done.stderr.startswith("error: ")
         assert done.stderr.endswith(f"{sentence}\n")
+
+    @pytest.mark.parametrize(
+        ("options", "idle"),
+        [
+            (
+                ("-", "?", "--tokens", 4, "--end", 1),
+                "--end, --tokens: of no meaning without a video",
+            ),
+            (
+                ("a.png", "?", "--image", "b.png", "--frames", 2),
+                "--frames: of no meaning for pictures",
+            ),
+        ],
+    )
+    def test_options_about_what_is_not_looked_at(
+        self, bundle: Path, options: tuple[object, ...], idle: str
+    ) -> None:
+        self.assert_fails(chat(bundle, *options), 2, f"{idle}, leave it out")
 
     def test_kernel(self, bundle: Path, clip: Path) -> None:
         done = chat(bundle, clip, "What moves?", "--kernel", "1,2")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import DataError, UsageError
 from ppllava_engines.onnxruntime import open_session
+from ppllava_runtime.arrays import load_array
 from ppllava_runtime.decoders import Sampling
-from ppllava_runtime.decoders.onnxruntime import OnnxRuntimeDecoder, _load_table
+from ppllava_runtime.decoders.onnxruntime import OnnxRuntimeDecoder
 
 GREEDY = Sampling()
 PROMPT = (1, 300, 17, 260, 42, 5, 333)
@@ -111,10 +112,10 @@ def test_the_table_must_be_that_of_the_manifest(bundle: Path, tmp_path: Path) ->
     path = tmp_path / "embedding.npy"
     np.save(path, np.zeros((3, 2), np.float32))
     with pytest.raises(DataError, match=r"it is float32 \(3, 2\), expected float32 \(384, 64\)"):
-        _load_table(path, spec)
+        load_array(path, spec.dtype, (spec.vocab_size, spec.width))
     path.write_bytes(b"none")
     with pytest.raises(DataError, match="not an array of embeddings, export it again"):
-        _load_table(path, spec)
+        load_array(path, spec.dtype, (spec.vocab_size, spec.width))
 
 
 class TestSampling:

@@ -15,13 +15,13 @@ from ppllava_runtime.video import read_clip
 from tiny_videos import numbered_frames
 
 FRAMES = numbered_frames(5)
-TIMES = np.arange(5, dtype=np.float64) * 31.5
+CAPTIONS = [f"{i}:00.00" for i in range(5)]
 RELEVANCE = np.random.default_rng(0).normal(0.1, 0.01, (5, 4, 6)).astype(np.float32)
 RELEVANCE[:, 1, 4] = 0.3
 
 
 def write(path: Path, question: str = "Where is it?") -> None:
-    write_heatmap(path, FRAMES, TIMES, RELEVANCE, question)
+    write_heatmap(path, [*FRAMES], CAPTIONS, [*RELEVANCE], question)
 
 
 def test_a_picture_shows_every_frame(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_spot_is_warm_and_the_rest_is_not() -> None:
 
 def test_relevance_that_is_the_same_everywhere_is_cold(tmp_path: Path) -> None:
     flat = np.full_like(RELEVANCE, 0.2)
-    write_heatmap(tmp_path / "map.png", FRAMES, TIMES, flat, "Nothing?")
+    write_heatmap(tmp_path / "map.png", [*FRAMES], CAPTIONS, [*flat], "Nothing?")
     assert (tmp_path / "map.png").is_file()
 
 
@@ -83,7 +83,23 @@ def test_refuses_other_files(tmp_path: Path) -> None:
         write(tmp_path / "nowhere" / "map.png")
 
 
+@pytest.mark.parametrize("name", ["map.png", "map.mp4"])
+def test_pictures_keep_their_proportions(tmp_path: Path, name: str) -> None:
+    shapes = [(60, 90), (90, 60), (60, 90)]
+    pictures = [np.full((*shape, 3), 255, np.uint8) for shape in shapes]
+    maps = [np.zeros((2, 3), np.float32), np.zeros((6, 4), np.float32), RELEVANCE[0]]
+    write_heatmap(tmp_path / name, pictures, ["a", "b", "c"], maps, "Which?")
+    if name.endswith(".mp4"):  # boxes of 360×240
+        (page,) = read_clip(tmp_path / name, 1, start=0.5, end=0.5).frames
+        row, height = page[120], 240
+    else:  # the second of two columns of 420×280
+        with Image.open(tmp_path / name) as sheet:
+            row, height = np.asarray(sheet)[180, 12 + 420 + 12 :], 280
+    bright = row.mean(axis=1) > 60  # as a cold white picture is, and nothing around it
+    assert abs(bright.sum() - height * 2 / 3) <= 4
+
+
 def test_thumbnails_are_small_and_keep_the_proportions() -> None:
-    large = np.zeros((2, 1080, 1920, 3), np.uint8)
-    assert thumbnails(large).shape == (2, 270, 480, 3)
-    assert thumbnails(FRAMES) is FRAMES
+    large, tall = np.zeros((1080, 1920, 3), np.uint8), np.zeros((481, 20, 3), np.uint8)
+    shapes = [thumbnail.shape for thumbnail in thumbnails([large, tall, FRAMES[0]])]
+    assert shapes == [(270, 480, 3), (480, 20, 3), FRAMES[0].shape]

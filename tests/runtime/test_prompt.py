@@ -38,6 +38,9 @@ def model(**changes: Any) -> ModelSpec:
         "text_positions": 12,
         "text_bos_token_id": BOS,
         "text_eos_token_id": EOS,
+        "text_pad_token_id": None,
+        "pooling": None,
+        "image_grid_pinpoints": (),
         "image_token_index": IMAGE_TOKEN_INDEX,
         "chat_template": "USER: <image>\n{question} ASSISTANT: ",
         "default_frames": 8,
@@ -65,7 +68,16 @@ class TestPrompt:
     def test_is_the_template_around_the_place_of_the_video(self) -> None:
         prompt = builder().build("What {moves}?")
         ids = decoder_tokenizer().encode("USER: <image>\nWhat {moves}? ASSISTANT: ").ids
-        assert [*prompt.before, IMAGE_TOKEN_INDEX, *prompt.after] == ids
+        assert [*prompt.ids] == ids
+        place = ids.index(IMAGE_TOKEN_INDEX)
+        assert prompt.parts(IMAGE_TOKEN_INDEX) == [(*ids[:place],), (*ids[place + 1 :],)]
+
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_has_as_many_places_as_asked_for(self, count: int) -> None:
+        prompt = builder().build("What moves?", count)
+        turn = "USER: " + "<image>\n" * count + "What moves? ASSISTANT: "
+        assert [*prompt.ids] == decoder_tokenizer().encode(turn).ids
+        assert len(prompt.parts(IMAGE_TOKEN_INDEX)) == count + 1
 
     def test_guides_by_the_question_alone(self) -> None:
         (text_ids,) = builder().build("  Red box ").text_ids.tolist()
@@ -77,6 +89,16 @@ class TestPrompt:
         (text_ids,) = builder().build(question).text_ids.tolist()
         assert text_ids == [*text_tokenizer().encode(question).ids[:11], EOS]
 
+    def test_fills_up_what_a_siglip_tower_wants_whole(self) -> None:
+        siglip = {"text_bos_token_id": None, "text_eos_token_id": 1, "text_pad_token_id": 7}
+        words = text_tokenizer().encode("Red box", add_special_tokens=False).ids
+        (short,) = builder(**siglip).build("Red box").text_ids.tolist()
+        assert short == [*words, 1, *[7] * (11 - len(words))]
+        question = "abcdefghijklmnopqrstuvwxyz"
+        words = text_tokenizer().encode(question, add_special_tokens=False).ids
+        (long,) = builder(**siglip).build(question).text_ids.tolist()
+        assert long == [*words[:11], 1]
+
     def test_does_not_take_over_settings_for_training(self) -> None:
         decoder, text = decoder_tokenizer(), text_tokenizer()
         for tokenizer in (decoder, text):
@@ -84,7 +106,7 @@ class TestPrompt:
             tokenizer.enable_padding(length=200)
         built = PromptBuilder(decoder, text, model()).build("What moves?")
         expected = builder().build("What moves?")
-        assert (built.before, built.after) == (expected.before, expected.after)
+        assert built.ids == expected.ids
         assert built.text_ids.tolist() == expected.text_ids.tolist()
 
     @pytest.mark.parametrize(

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppllava_engines.bundle import Pooling
 from ppllava_engines.errors import UsageError
-from ppllava_runtime.window import Axes, Window, choose_window, window_within
+from ppllava_runtime.anyres import Tiling
+from ppllava_runtime.window import (
+    Axes,
+    Window,
+    choose_tile_window,
+    choose_window,
+    video_window,
+    window_within,
+)
+from tiny_bundle import tiny_manifest, write_bundle
 
 DEFAULT = Window((2, 3, 3), (2, 3, 3))
 FULL: Axes = (32, 24, 24)
@@ -56,6 +68,46 @@ def test_the_default_shrinks_to_fit() -> None:
     assert choose_window((1, 2, 24), DEFAULT).output((1, 2, 24)) == (1, 1, 8)
 
 
+@pytest.mark.parametrize("pooling", [Pooling((16, 8, 8)), Pooling((16, 8, 8), stride=(2, 3, 3))])
+def test_a_fixed_number_of_windows_is_kept_where_there_are_tokens(
+    tmp_path: Path, pooling: Pooling
+) -> None:
+    write_bundle(tmp_path)
+    model = dataclasses.replace(tiny_manifest(tmp_path).model, pooling=pooling, grid=(24, 24))
+    assert video_window(model, FULL) == DEFAULT
+    for num_frames in range(1, 65):
+        size = (num_frames, 24, 24)
+        window = video_window(model, size)
+        assert window.output(size) == (min(num_frames, 16), 8, 8)
+    plain = dataclasses.replace(model, pooling=None)
+    assert video_window(plain, FULL) == Window(plain.kernel, plain.stride)
+
+
+@given(
+    picture=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    grid=st.tuples(st.integers(1, 27), st.integers(1, 27)),
+    budget=st.integers(0, 3000),
+)
+def test_a_budget_holds_for_all_views_of_a_picture(
+    picture: tuple[int, int], grid: tuple[int, int], budget: int
+) -> None:
+    tiling = Tiling.of(picture, [(24, 48), (48, 24), (48, 48)], 24)
+    budget += tiling.num_tokens(1, 1)
+    one, h, w = choose_tile_window(tiling, grid, DEFAULT, num_tokens=budget).output((1, *grid))
+    assert one == 1
+    assert tiling.num_tokens(h, w) <= budget
+
+
+def test_a_budget_below_one_token_per_view_is_refused() -> None:
+    tiling = Tiling.of((48, 48), [(48, 48)], 24)
+    assert choose_tile_window(tiling, (24, 24), DEFAULT, num_tokens=7).num_tokens(FULL) > 0
+    with pytest.raises(UsageError) as caught:
+        choose_tile_window(tiling, (24, 24), DEFAULT, num_tokens=6)
+    assert str(caught.value) == (
+        "the number of tokens is 6, but this picture in 5 views takes 7 or more"
+    )
+
+
 def test_kernel_and_stride_stand_for_each_other() -> None:
     assert choose_window(FULL, DEFAULT, kernel=(4, 4, 4)) == Window((4, 4, 4), (4, 4, 4))
     assert choose_window(FULL, DEFAULT, stride=(4, 4, 4)) == Window((4, 4, 4), (4, 4, 4))
@@ -73,8 +125,8 @@ def test_kernel_and_stride_stand_for_each_other() -> None:
             (33, 1, 1),
             None,
             None,
-            "kernel 33,1,1 does not fit into the 32,24,24 tokens (frames,rows,columns) of this "
-            "video: make it smaller or sample more frames",
+            "kernel 33,1,1 does not fit into the 32,24,24 tokens (frames,rows,columns) that were "
+            "seen: make it smaller or sample more frames",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The pre-norm transformer encoder that CLIP's two towers share."""
+"""The pre-norm transformer encoder that every tower is made of."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from torch.nn import functional as F
 
 from .config import EncoderConfig
 
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+
 
 def activation(name: str, x: Tensor) -> Tensor:
-    """Returns `x` through the activation that CLIP configs call `name`.
+    """Returns `x` through the activation that configs call `name`.
 
     Raises:
-        ValueError: `name` is neither `quick_gelu` nor `gelu`.
+        ValueError: `name` is none of ACTIVATIONS.
     """
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    if name == "gelu":
-        return F.gelu(x)
-    raise ValueError(f"unknown activation {name!r}, expected 'quick_gelu' or 'gelu'")
+    match name:
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_pytorch_tanh":
+            return F.gelu(x, approximate="tanh")
+    raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
 class Attention(nn.Module):
@@ -34,7 +39,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """Returns attended tokens (batch, length, width)."""
 
         def heads(y: Tensor) -> Tensor:
@@ -69,14 +74,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """Returns (batch, length, width)."""
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    """The first `num_layers` blocks of a CLIP encoder."""
+    """The first `num_layers` blocks of a published encoder."""
 
     def __init__(self, config: EncoderConfig, num_layers: int) -> None:
         super().__init__()

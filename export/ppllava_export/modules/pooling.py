@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .config import Window
 
 
-def window_from_output(size: Sequence[int], output: Sequence[int]) -> tuple[Window, Window]:
-    """Returns (kernel, stride) that pool a (T, h, w) grid to `output` windows per axis.
-
-    s = I // O and k = I - (O - 1) * s, so that the last window ends at the last token.
-
-    Raises:
-        ValueError: An output size is below 1 or above the grid's.
-    """
-    if any(not 1 <= o <= i for i, o in zip(size, output, strict=True)):
-        raise ValueError(f"cannot pool {tuple(size)} tokens to {tuple(output)} windows")
-    stride = tuple(i // o for i, o in zip(size, output, strict=True))
-    kernel = tuple(i - (o - 1) * s for i, o, s in zip(size, output, stride, strict=True))
-    return (kernel[0], kernel[1], kernel[2]), (stride[0], stride[1], stride[2])
-
-
 def token_weights(relevance: Tensor, logit_scale: Tensor) -> Tensor:
     """Returns softmax weights (..., T, h, w) over ALL tokens of one relevance map.
 
+    SigLIP's logit_bias is left out: it is the same for every token, so that no softmax sees it.
+
     Args:
         relevance: Cosines in [-1, 1], (..., T, h, w).
-        logit_scale: Scalar; the logarithm of CLIP's learned inverse temperature.
+        logit_scale: One number; the logarithm of the learned inverse temperature.
     """
     logits = relevance.float() * logit_scale.float().exp()
     return logits.flatten(-3).softmax(-1).view(relevance.shape)

@@ -1,4 +1,4 @@
-"""The CLIP text tower with its context extension."""
+"""The text towers with their context extension."""
 
 from __future__ import annotations
 
@@ -61,17 +61,23 @@ class TextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.positions()[: input_ids.shape[1]]
 
 
-class ClipTextTower(nn.Module):
-    """CLIP's causal text transformer, pooled at the end-of-text token."""
+class TextTower(nn.Module):
+    """What the two families' text towers share: embeddings, transformer and final norm."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.eos_token_id = config.eos_token_id
+        sizes = config.encoder
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config.encoder, config.encoder.num_hidden_layers)
-        self.final_layer_norm = nn.LayerNorm(
-            config.encoder.hidden_size, eps=config.encoder.layer_norm_eps
-        )
+        self.encoder = Encoder(sizes, sizes.num_hidden_layers)
+        self.final_layer_norm = nn.LayerNorm(sizes.hidden_size, eps=sizes.layer_norm_eps)
+
+
+class ClipTextTower(TextTower):
+    """CLIP's causal text transformer, pooled at the end-of-text token."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.eos_token_id = config.eos_token_id
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Returns the pooled output (batch, width).
@@ -87,3 +93,20 @@ class ClipTextTower(nn.Module):
         else:
             at = (input_ids == self.eos_token_id).to(torch.int32).argmax(dim=-1)
         return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
+
+
+class SiglipTextTower(TextTower):
+    """SigLIP's text transformer: every id attends to all, the padding too; the last is pooled."""
+
+    def __init__(self, config: TextConfig, projection_dim: int) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.encoder.hidden_size, projection_dim)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Returns the pooled output (batch, P).
+
+        Args:
+            input_ids: Ids (batch, n), padded to n = the number of positions.
+        """
+        hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        return self.head(hidden[:, -1])

@@ -1,4 +1,4 @@
-"""The CLIP vision tower, only as deep as its features are needed."""
+"""The vision towers, only as deep as their features are needed."""
 
 from __future__ import annotations
 
@@ -9,34 +9,15 @@ from .config import VisionConfig
 from .encoder import Encoder
 
 
-def layers_needed(num_hidden_layers: int, feature_layer: int) -> int:
-    """Returns how many blocks `hidden_states[feature_layer]` depends on.
-
-    `hidden_states` has one entry more than there are blocks: entry 0 is the embeddings.
-
-    Raises:
-        ValueError: The index is outside the hidden states.
-    """
-    entries = num_hidden_layers + 1
-    if not -entries <= feature_layer < entries:
-        raise ValueError(
-            f"vision_feature_layer {feature_layer} is outside the {entries} hidden states"
-        )
-    return feature_layer % entries
-
-
-class VisionEmbeddings(nn.Module):
+class ClipVisionEmbeddings(nn.Module):
     """Class token and patches, each with its learned position."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        width = config.encoder.hidden_size
         h, w = config.grid
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.patch_embedding = nn.Conv2d(
-            3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False
-        )
-        self.position_embedding = nn.Embedding(h * w + 1, width)
+        self.class_embedding = nn.Parameter(torch.zeros(config.encoder.hidden_size))
+        self.patch_embedding = _patch_embedding(config, bias=False)
+        self.position_embedding = nn.Embedding(h * w + 1, config.encoder.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Returns embeddings (T, 1 + L, C) of pixel_values (T, 3, S, S)."""
@@ -52,15 +33,13 @@ class ClipVisionTower(nn.Module):
     never built. `pre_layrnorm` is spelt as in every CLIP checkpoint.
     """
 
-    def __init__(self, config: VisionConfig, feature_layer: int = -2) -> None:
+    def __init__(self, config: VisionConfig, num_layers: int) -> None:
         super().__init__()
-        self.embeddings = VisionEmbeddings(config)
+        self.embeddings = ClipVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(
             config.encoder.hidden_size, eps=config.encoder.layer_norm_eps
         )
-        self.encoder = Encoder(
-            config.encoder, layers_needed(config.encoder.num_hidden_layers, feature_layer)
-        )
+        self.encoder = Encoder(config.encoder, num_layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Returns patch tokens (T, L, C) in row-major order, without the class token.
@@ -69,3 +48,44 @@ class ClipVisionTower(nn.Module):
             pixel_values: Normalised frames (T, 3, S, S).
         """
         return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))[:, 1:]
+
+
+class SiglipVisionEmbeddings(nn.Module):
+    """Patches with their learned positions; there is no class token."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        h, w = config.grid
+        self.patch_embedding = _patch_embedding(config, bias=True)
+        self.position_embedding = nn.Embedding(h * w, config.encoder.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Returns embeddings (T, L, C) of pixel_values (T, 3, S, S)."""
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding.weight
+
+
+class SiglipVisionTower(nn.Module):
+    """SigLIP's vision transformer up to the hidden state that PPLLaVA reads.
+
+    The published checkpoints read `hidden_states[-1]`, which precedes the post-norm: that norm and
+    the pooling head belong to the alignment (`SiglipProjector`).
+    """
+
+    def __init__(self, config: VisionConfig, num_layers: int) -> None:
+        super().__init__()
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = Encoder(config.encoder, num_layers)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Returns patch tokens (T, L, C) in row-major order.
+
+        Args:
+            pixel_values: Normalised frames (T, 3, S, S).
+        """
+        return self.encoder(self.embeddings(pixel_values))
+
+
+def _patch_embedding(config: VisionConfig, bias: bool) -> nn.Conv2d:
+    size = config.patch_size
+    return nn.Conv2d(3, config.encoder.hidden_size, kernel_size=size, stride=size, bias=bias)

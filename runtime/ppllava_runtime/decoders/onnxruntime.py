@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle, DecoderSpec
-from ppllava_engines.errors import DataError, InternalError, UsageError
+from ppllava_engines.errors import InternalError, UsageError
 from ppllava_engines.onnxruntime import open_session
+from ppllava_runtime.arrays import load_array
 from ppllava_runtime.decoders.sampling import Sampling
 
 # Isolated below ppllava_engines, which must be imported first (it switches telemetry off).
@@ -45,7 +45,8 @@ class OnnxRuntimeDecoder:
             DataError: The graph cannot be loaded, or the table is not what the manifest says.
         """
         spec = bundle.manifest.decoder
-        table = _load_table(bundle.file(spec.embedding), spec)
+        shape = (spec.vocab_size, spec.width)
+        table = load_array(bundle.file(spec.embedding), spec.dtype, shape)
         return OnnxRuntimeDecoder(open_session(bundle.file(spec.path), threads), table, spec)
 
     @property
@@ -136,17 +137,3 @@ class _Cache:
             raise InternalError(f"decoder: ONNX Runtime failed: {error}") from error
         logits: NDArray[np.float32] = self._logits[0, 0].astype(np.float32)
         return logits
-
-
-def _load_table(path: Path, spec: DecoderSpec) -> NDArray[Any]:
-    try:
-        table: NDArray[Any] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not an array of embeddings, export it again: {error}") from error
-    expected = (spec.vocab_size, spec.width)
-    if table.shape != expected or table.dtype != spec.dtype:
-        raise DataError(
-            f"{path}: it is {table.dtype} {table.shape}, expected {spec.dtype} {expected}: export "
-            "it again"
-        )
-    return table

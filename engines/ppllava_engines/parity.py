@@ -1,0 +1,381 @@
+"""Torch against a bundle's graphs, stage by stage: samples that any backend can replay.
+
+The exporter stores what torch was given and what it answered. Each stage is fed the stored inputs,
+rounded to the graph's own types when they were stored, so that a stage's numbers are its own and
+not those of the stages before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ppllava_engines import strict_json
+from ppllava_engines.engine import open_engine
+from ppllava_engines.errors import DataError, InternalError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ppllava_engines.bundle import DecoderSpec, GraphSpec, ModelSpec, Precision
+
+Array = NDArray[Any]
+
+PARITY = "parity.json"
+SAMPLES = "samples.npz"
+STAGES = ("keys", "hidden", "text_embed", "relevance", "pooled", "logits")
+
+# Largest error allowed, as a share of the largest magnitude expected. A type rounds to 6e-8, 5e-4
+# and 4e-3 once; towers and decoder add up many roundings.
+_TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2}
+# Quantised parts move every value a little, the largest no more than others: what must stay is the
+# direction.
+_VISION_COSINES = {"int8": 0.98}
+_DECODER_COSINES = {"int8": 0.99, "int4": 0.90}
+# Of one product in fp32, with some room: errors of P products add up like the root of P.
+_ROUNDING = 2.0**-22
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What torch was given, and what it answered.
+
+    Attributes:
+        frames: (T, S, S, 3) uint8, already of the model's size.
+        text_ids: (1, n) int64, the question for the text tower.
+        prompt_before, prompt_after: (n,) int64, the decoder's ids around the pooled tokens.
+        kernel, stride: (3,) int64, of the pooling.
+        keys, hidden, text_embed, pooled: (T, L, P), (T, L, D), (1, P), (N, D), of the graphs' type.
+        relevance: (T, h, w) float32.
+        logits: (1, V) float32, of the prompt's last position.
+        gain: () float32, by how much the pooling magnifies an error of the relevance:
+            exp(logit_scale) / temperature x the largest weight of a token.
+    """
+
+    frames: Array
+    text_ids: Array
+    prompt_before: Array
+    prompt_after: Array
+    kernel: Array
+    stride: Array
+    keys: Array
+    hidden: Array
+    text_embed: Array
+    pooled: Array
+    relevance: Array
+    logits: Array
+    gain: Array
+
+    def pixel_values(self, model: ModelSpec, dtype: DTypeLike) -> Array:
+        """Returns the frames as the vision graph takes them, (T, 3, S, S) of `dtype`."""
+        return pixel_values(self.frames, model.image_mean, model.image_std, dtype)
+
+    def write(self, path: Path) -> None:
+        """Writes the file `path`, the same bytes for the same samples."""
+        fields = dataclasses.fields(self)
+        np.savez(path, **{field.name: getattr(self, field.name) for field in fields})
+
+    @staticmethod
+    def read(path: Path) -> Samples:
+        """Returns the samples in the file `path`.
+
+        Raises:
+            DataError: They are not whole, or not of the types that samples have.
+        """
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                samples = Samples(**arrays)
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(
+                f"{path}: not the samples of an export, export the checkpoint again: {error}"
+            ) from error
+        for name, (kinds, num_axes) in _FIELDS.items():
+            array = getattr(samples, name)
+            if str(array.dtype) not in kinds or array.ndim != num_axes:
+                raise DataError(
+                    f"{path}: {name} is {array.dtype} of {array.ndim} axes, expected "
+                    f"{' or '.join(kinds)} of {num_axes}: export the checkpoint again"
+                )
+        return samples
+
+
+_FLOATS = ("float32", "float16")
+_FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
+    "frames": (("uint8",), 4),
+    "text_ids": (("int64",), 2),
+    "prompt_before": (("int64",), 1),
+    "prompt_after": (("int64",), 1),
+    "kernel": (("int64",), 1),
+    "stride": (("int64",), 1),
+    "keys": (_FLOATS, 3),
+    "hidden": (_FLOATS, 3),
+    "text_embed": (_FLOATS, 2),
+    "pooled": (_FLOATS, 2),
+    "relevance": (("float32",), 3),
+    "logits": (("float32",), 2),
+    "gain": (("float32",), 0),
+}
+
+
+def pixel_values(
+    frames: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike
+) -> Array:
+    """Returns uint8 frames (T, S, S, 3) normalised as (T, 3, S, S) of `dtype`."""
+    scaled: Array = frames.astype(np.float32) / np.float32(255)
+    values: Array = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2)).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's distance from torch.
+
+    Attributes:
+        name: One of STAGES.
+        shape: Of the values compared.
+        max_error: Largest absolute difference over the largest magnitude expected.
+        cosine: Between the two, flattened.
+        tolerance: What `max_error` may be; None where the stage is held to its cosine.
+        min_cosine: What `cosine` must be; None where the stage is held to its error.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_error: float
+    cosine: float
+    tolerance: float | None
+    min_cosine: float | None = None
+
+    @staticmethod
+    def of(
+        name: str,
+        got: Array,
+        expected: Array,
+        *,
+        tolerance: float | None = None,
+        min_cosine: float | None = None,
+    ) -> Stage:
+        """Returns the distance between two arrays; what is not finite is infinitely far.
+
+        Raises:
+            InternalError: The shapes differ.
+        """
+        if got.shape != expected.shape:
+            raise InternalError(f"parity {name}: graph gives {got.shape}, torch {expected.shape}")
+        a, b = got.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+        peak, norms = float(np.abs(b).max(initial=0)), math.sqrt((a @ a) * (b @ b))
+        # NaN and infinities have no place in JSON, so what is not finite is named by its size.
+        finite = bool(np.isfinite(a).all() and np.isfinite(b).all() and peak > 0 and norms > 0)
+        error = float(np.abs(a - b).max() / peak) if finite else float(np.finfo(np.float64).max)
+        cosine = float(a @ b / norms) if finite else 0.0
+        return Stage(name, got.shape, error, cosine, tolerance, min_cosine)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the stage is within its limits."""
+        near = self.tolerance is None or self.max_error <= self.tolerance
+        return near and (self.min_cosine is None or self.cosine >= self.min_cosine)
+
+    @property
+    def limit(self) -> str:
+        """What the stage is held to, for people."""
+        limits = []
+        if self.tolerance is not None:
+            limits.append(f"error ≤ {self.tolerance:.0e}")
+        if self.min_cosine is not None:
+            limits.append(f"cosine ≥ {self.min_cosine:g}")
+        return ", ".join(limits)
+
+    def __str__(self) -> str:
+        return f"{self.name}: max error {self.max_error:.1e}, cosine {self.cosine:.5f}"
+
+
+def replay(
+    folder: Path,
+    samples: Samples,
+    *,
+    model: ModelSpec,
+    graphs: Mapping[str, GraphSpec],
+    decoder: DecoderSpec,
+    precision: Precision,
+    device: str = "cpu",
+    threads: int | None = None,
+    lean: bool = False,
+) -> Iterator[Stage]:
+    """Yields each stage's distance from torch, in the order of STAGES, as it is computed.
+
+    One graph is loaded at a time.
+
+    Args:
+        folder: Holds the files of `graphs` and `decoder`.
+        samples: Of the same export.
+        model: Says how frames are normalised.
+        graphs: vision, text and pool.
+        decoder: The decoder.
+        precision: Decides the limits.
+        device: As in `engine.open_engine`.
+        threads: The same.
+        lean: Whether weights stay mapped from their files, which is slower; see
+            `onnxruntime.open_session`.
+
+    Raises:
+        DataError: A graph that is damaged, or that does not take the samples.
+        IncompatibleError: A graph of a type that the device does not compute in.
+        InternalError: A graph failed, or answers in another shape than torch.
+        UnavailableError: The device, or the package for it, is missing.
+    """
+
+    def run(name: str, **feeds: Array) -> dict[str, Array]:
+        spec = graphs[name]
+        engine = open_engine(folder / spec.path, spec, device, threads, lean=lean)
+        return engine.run(feeds)
+
+    def stage(name: str, got: Array) -> Stage:
+        limits = _limits(name, precision, samples)
+        return Stage.of(name, got, getattr(samples, name), **limits)
+
+    dtype = graphs["vision"].inputs[0].dtype
+    got = run("vision", pixel_values=samples.pixel_values(model, dtype))
+    yield stage("keys", got["keys"])
+    yield stage("hidden", got["hidden"])
+    got = run("text", input_ids=samples.text_ids)
+    yield stage("text_embed", got["text_embed"])
+    pooling = ("keys", "hidden", "text_embed", "kernel", "stride")
+    got = run("pool", **{name: getattr(samples, name) for name in pooling})
+    yield stage("relevance", got["relevance"])
+    yield stage("pooled", got["pooled"])
+    del got
+    prompt = (samples.prompt_before, samples.pooled, samples.prompt_after)
+    embeds = prompt_embeds(folder / decoder.embedding, decoder.max_positions, *prompt)
+    yield stage("logits", _last_logits(folder, decoder, embeds, threads, lean))
+
+
+def prompt_embeds(
+    table: Path, max_positions: int, before: Array, pooled: Array, after: Array
+) -> Array:
+    """Returns a prompt (1, n, D) of the type of the embeddings, its end if it is too long.
+
+    Args:
+        table: The decoder's embeddings, .npy (V, D).
+        max_positions: The largest n.
+        before: Ids (n,) before the pooled tokens.
+        pooled: (N, D).
+        after: Ids (n,) after them.
+    """
+    rows = np.load(table, mmap_mode="r")
+    embeds = np.concatenate([rows[before], pooled.astype(rows.dtype), rows[after]])
+    return embeds[None, -max_positions:]
+
+
+def _limits(name: str, precision: Precision, samples: Samples) -> dict[str, float]:
+    """Returns what a stage is held to, as arguments of `Stage.of`."""
+    if precision.vision != "float" and name in ("keys", "hidden"):
+        return {"min_cosine": _VISION_COSINES[precision.vision]}
+    if precision.decoder != "float" and name == "logits":
+        return {"min_cosine": _DECODER_COSINES[precision.decoder]}
+    tolerance = _TOLERANCES[precision.dtype]
+    if name == "pooled":
+        # The relevance is fp32 in every precision; a sharp map and a small temperature magnify
+        # its last bits.
+        rounding = _ROUNDING * samples.keys.shape[-1] ** 0.5
+        tolerance += rounding * float(samples.gain)
+    return {"tolerance": tolerance}
+
+
+def _last_logits(
+    folder: Path, decoder: DecoderSpec, embeds: Array, threads: int | None, lean: bool
+) -> Array:
+    """Returns the logits (1, V) after the prompt: prefilled but for one token, which is a step.
+
+    So the cache is part of what is compared.
+    """
+    from ppllava_engines.onnxruntime import open_session
+
+    session = open_session(folder / decoder.path, threads, lean=lean)
+    names = [output.name for output in session.get_outputs()]
+    cache = np.zeros((1, decoder.num_kv_heads, 0, decoder.head_dim), np.dtype(decoder.dtype))
+    past = {name: cache for name in names if name != "logits"}
+    for end, part in ((embeds.shape[1] - 1, embeds[:, :-1]), (embeds.shape[1], embeds[:, -1:])):
+        feeds = {name.replace("present", "past_key_values"): past[name] for name in past}
+        feeds["inputs_embeds"] = part
+        feeds["attention_mask"] = np.ones((1, end), np.int64)
+        try:
+            past = dict(zip(names, session.run(names, feeds), strict=True))
+        except Exception as error:  # ORT's exceptions share no base class
+            raise InternalError(f"decoder: ONNX Runtime failed: {error}") from error
+        logits: Array = past.pop("logits")
+    return logits[:, -1]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Every stage of one bundle, as measured on one backend.
+
+    Attributes:
+        precision: The bundle's, for people.
+        backend: What the graphs ran on.
+        stages: In the order of STAGES.
+    """
+
+    precision: str
+    backend: str
+    stages: tuple[Stage, ...]
+
+    def require(self) -> None:
+        """Returns nothing when every stage is within its limits.
+
+        Raises:
+            InternalError: One is not; names each with its numbers.
+        """
+        failed = [f"{stage} (expected {stage.limit})" for stage in self.stages if not stage.passed]
+        if failed:
+            raise InternalError(
+                f"{self.precision} graphs are too far from torch, so no bundle is made: "
+                f"{'; '.join(failed)}; errors are shares of the largest magnitude expected"
+            )
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder`/parity.json."""
+        (folder / PARITY).write_text(strict_json.dumps(self), encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Parity:
+        """Returns the report in a bundle's folder.
+
+        Raises:
+            DataError: It is not a report.
+        """
+        path = folder / PARITY
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: no report of an export: {error}") from error
+        return strict_json.decode(Parity, strict_json.loads(text, str(path)), str(path))
+
+    def table(self) -> Table:
+        """Returns the report for a terminal."""
+        from rich.table import Table
+
+        title = f"parity with torch, {self.precision}, on {self.backend}"
+        table = Table("stage", "shape", title=title)
+        for heading in ("max error / max", "1 − cosine", "limit"):
+            table.add_column(heading, justify="right")
+        for stage in self.stages:
+            table.add_row(
+                stage.name,
+                "×".join(map(str, stage.shape)),
+                f"{stage.max_error:.1e}",
+                f"{max(0.0, 1 - stage.cosine):.1e}",
+                stage.limit,
+                style=None if stage.passed else "red",
+            )
+        return table

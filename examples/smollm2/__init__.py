@@ -1,0 +1,1 @@
+"""A real language model, SmolLM2-135M-Instruct, as the decoder of a PPLLaVA checkpoint."""
