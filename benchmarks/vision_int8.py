@@ -64,9 +64,11 @@ def main() -> None:
     for name, median, times in zip(names, medians, seconds, strict=True):
         low, high = (arguments.frames / extreme for extreme in (max(times), min(times)))
         print(
-            f"{name}: {arguments.frames / median:.1f} frames/s ({low:.1f} to {high:.1f} over "
-            f"{arguments.runs} runs), int8 is {median / medians[0]:.2f} times as fast"
+            f"{name}: {arguments.frames / median:.1f} frames/s, {low:.1f} to {high:.1f} over "
+            f"{arguments.runs} runs"
         )
+    for name, median in zip(names[1:], medians[1:], strict=True):
+        print(f"{names[0]} is {median / medians[0]:.2f} times as fast as {name}")
     device, vnni = cpu()
     print(
         f"{arguments.frames} frames of {side} pixels at a time; {device}, VNNI: {vnni}; "

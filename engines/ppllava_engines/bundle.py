@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ppllava_engines import strict_json
 from ppllava_engines.errors import DataError, NotFoundError
 from ppllava_engines.manifest import (
     FAMILIES,
@@ -102,11 +103,9 @@ class Bundle:
         if not path.exists():
             raise NotFoundError(f"bundle {path}: no such folder")
         try:
-            text = (path / MANIFEST).read_text(encoding="utf-8")
+            text = strict_json.read_text(path / MANIFEST)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{path} is not a bundle: it has no {MANIFEST}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path / MANIFEST}: not UTF-8: {error}") from error
         bundle = Bundle(path, Manifest.from_json(text, source=str(path / MANIFEST)))
         for name, expected in bundle.manifest.files.items():
             bundle._check(name, expected, quick=verify == "quick")

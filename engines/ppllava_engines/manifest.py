@@ -18,6 +18,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FAMILIES = ("clip", "siglip")
 DTYPES = ("float32", "float16", "int64", "int32", "uint8", "int8", "bool")
+_SEAL = "manifest_sha256"
 _CHUNK_BYTES = 1 << 20
 
 Axes = tuple[int, int, int]
@@ -91,7 +92,8 @@ class DecoderSpec:
         num_layers, num_kv_heads, head_dim: The cache is (1, num_kv_heads, positions, head_dim) for
             the key and for the value of each layer.
         max_positions: Most tokens of prompt and answer together.
-        dtype: Of embeddings, cache and logits: float32 or float16.
+        dtype: Of embeddings, cache and logits: float32 or float16. In a bf16 bundle float32, while
+            the cache is bfloat16, as the graph says.
         eos_token_ids: Any of them ends an answer; none only in a bundle without tokenizers.
     """
 
@@ -112,7 +114,7 @@ class Pooling:
     """How a grid of tokens is pooled: an output size, and maybe the kernel or the stride.
 
     Attributes:
-        output: Axess per axis (T, h, w).
+        output: Windows per axis (T, h, w).
         kernel: Extents of a window; None when they follow from the stride.
         stride: Steps between windows; None when they follow from the kernel or, without one, are
             the size of the grid divided by the output's.
@@ -167,7 +169,7 @@ class ModelSpec:
             they are then those of `default_frames`, and others of other T.
         temperature: τ of the pooling, fixed in the pool graph.
         image_grid_pinpoints: Sizes (height,width) in pixels to which a still may be enlarged and
-            cut into tiles of S×S; none where stills are looked at in one piece.
+            cut into tiles of S×S, multiples of S; none where stills are looked at in one piece.
         text_positions: Most tokens of the question for the text tower.
         text_bos_token_id, text_eos_token_id: Around the question for the text tower; a SigLIP tower
             has no begin token.
@@ -179,6 +181,7 @@ class ModelSpec:
         default_frames: Frames chosen of a video unless the caller says otherwise.
 
     Raises:
+        DataError: Pinpoints that are no multiples of the image size.
         IncompatibleError: A family that this release does not know.
     """
 
@@ -214,6 +217,13 @@ class ModelSpec:
                 f"model {self.name}: family is {self.family!r}, expected {' or '.join(FAMILIES)}: "
                 "use a newer release"
             )
+        side = self.image_size
+        for pair in self.image_grid_pinpoints:
+            if any(side < 1 or size < 1 or size % side for size in pair):
+                raise DataError(
+                    f"model {self.name}: image_grid_pinpoints has {list(pair)}, expected multiples "
+                    f"of its image_size {side}: export it again"
+                )
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ class Manifest:
         tokenizers: The file of "decoder" and of "text".
         image_newline: The file of the embedding that ends each row of a still's tiles, in the dtype
             of `pooled`; None where the model has none.
-        samples: The file of inputs and expected outputs, see `parity.Samples`.
+        samples: The file of inputs and expected outputs, see `samples.Samples`.
         files: Every other file of the bundle, see `hash_files`.
         exporter: Package → version of what made the bundle.
         sources: SHA-256 of the weights it was made of: of the "checkpoint" and, where its alignment
@@ -301,15 +311,17 @@ class Manifest:
             raise DataError(f"{MANIFEST}: files does not list {', '.join(map(repr, unlisted))}")
 
     def to_json(self) -> str:
-        """The text that `from_json` reads back to an equal manifest."""
-        return strict_json.dumps(self)
+        """The text that `from_json` reads back to an equal manifest, sealed by its own hash."""
+        text = strict_json.dumps(self)
+        return strict_json.dumps({_SEAL: _hash_of(json.loads(text))} | json.loads(text))
 
     @staticmethod
     def from_json(text: str, source: str = MANIFEST) -> Manifest:
         """The manifest of `text`; `source` names it in errors.
 
         Raises:
-            DataError: Not JSON, or a key or value that does not belong; names it.
+            DataError: Not JSON, a key or value that does not belong, which it names, or one that
+                was changed since the export.
             IncompatibleError: Another schema version, or a family this release does not know.
         """
         value = strict_json.loads(text, source)
@@ -320,7 +332,15 @@ class Manifest:
                 f"{source}: schema_version is {version}, this release reads {SCHEMA_VERSION}: "
                 "export the checkpoint again"
             )
-        return strict_json.decode(Manifest, value, source)
+        seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
+        manifest = strict_json.decode(Manifest, value, source)
+        # A wrong special id or template breaks no file and no graph: only the answers.
+        if seal != _hash_of(value):
+            raise DataError(
+                f"{source}: it was changed since the export: copy the bundle or export the "
+                "checkpoint again"
+            )
+        return manifest
 
 
 def refuse_escape(name: str) -> None:
@@ -333,3 +353,9 @@ def refuse_escape(name: str) -> None:
     plain = name == str(path) and "\\" not in name and "\0" not in name and name != "."
     if not plain or path.is_absolute() or ".." in path.parts:
         raise DataError(f"{json.dumps(name)} is not a plain path inside the bundle")
+
+
+def _hash_of(value: dict[str, Any]) -> str:
+    """The SHA-256 in hexadecimal of a JSON object, however it is laid out."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,21 +7,19 @@ not those of the stages before it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from ppllava_engines import strict_json
 from ppllava_engines.engine import open_engine
 from ppllava_engines.errors import DataError, InternalError
+from ppllava_engines.samples import Samples, prompt_embeds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 PARITY = "parity.json"
-SAMPLES = "samples.npz"
 STAGES = ("keys", "hidden", "text_embed", "relevance", "pooled", "logits")
 
 # Largest error allowed, as a share of the largest magnitude expected. A type rounds to 6e-8, 5e-4
@@ -43,96 +40,6 @@ _VISION_COSINES = {"int8": 0.98}
 _DECODER_COSINES = {"int8": 0.99, "int4": 0.90}
 # Of one product in fp32, with some room: errors of P products add up like the root of P.
 _ROUNDING = 2.0**-22
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What torch was given, and what it answered.
-
-    Attributes:
-        frames: (T, S, S, 3) uint8, already of the model's size.
-        text_ids: (1, n) int64, the question for the text tower.
-        prompt_before, prompt_after: (n,) int64, the decoder's ids around the pooled tokens.
-        kernel, stride: (3,) int64, of the pooling.
-        keys, hidden, text_embed, pooled: (T, L, P), (T, L, D), (1, P), (N, D), of the graphs' type.
-        relevance: (T, h, w) float32.
-        logits: (1, V) float32, of the prompt's last position.
-        gain: () float32, by how much the pooling magnifies an error of the relevance:
-            exp(logit_scale) / temperature x the largest weight of a token.
-    """
-
-    frames: Array
-    text_ids: Array
-    prompt_before: Array
-    prompt_after: Array
-    kernel: Array
-    stride: Array
-    keys: Array
-    hidden: Array
-    text_embed: Array
-    pooled: Array
-    relevance: Array
-    logits: Array
-    gain: Array
-
-    def pixel_values(self, model: ModelSpec, dtype: DTypeLike) -> Array:
-        """Returns the frames as the vision graph takes them, (T, 3, S, S) of `dtype`."""
-        return pixel_values(self.frames, model.image_mean, model.image_std, dtype)
-
-    def write(self, path: Path) -> None:
-        """Writes the file `path`, the same bytes for the same samples."""
-        fields = dataclasses.fields(self)
-        np.savez(path, **{field.name: getattr(self, field.name) for field in fields})
-
-    @staticmethod
-    def read(path: Path) -> Samples:
-        """Returns the samples in the file `path`.
-
-        Raises:
-            DataError: They are not whole, or not of the types that samples have.
-        """
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                samples = Samples(**arrays)
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(
-                f"{path}: not the samples of an export, export the checkpoint again: {error}"
-            ) from error
-        for name, (kinds, num_axes) in _FIELDS.items():
-            array = getattr(samples, name)
-            if str(array.dtype) not in kinds or array.ndim != num_axes:
-                raise DataError(
-                    f"{path}: {name} is {array.dtype} of {array.ndim} axes, expected "
-                    f"{' or '.join(kinds)} of {num_axes}: export the checkpoint again"
-                )
-        return samples
-
-
-_FLOATS = ("float32", "float16")
-_FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
-    "frames": (("uint8",), 4),
-    "text_ids": (("int64",), 2),
-    "prompt_before": (("int64",), 1),
-    "prompt_after": (("int64",), 1),
-    "kernel": (("int64",), 1),
-    "stride": (("int64",), 1),
-    "keys": (_FLOATS, 3),
-    "hidden": (_FLOATS, 3),
-    "text_embed": (_FLOATS, 2),
-    "pooled": (_FLOATS, 2),
-    "relevance": (("float32",), 3),
-    "logits": (("float32",), 2),
-    "gain": (("float32",), 0),
-}
-
-
-def pixel_values(
-    frames: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike
-) -> Array:
-    """Returns uint8 frames (T, S, S, 3) normalised as (T, 3, S, S) of `dtype`."""
-    scaled: Array = frames.astype(np.float32) / np.float32(255)
-    values: Array = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return np.ascontiguousarray(values.transpose(0, 3, 1, 2)).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -224,8 +131,9 @@ def replay(
         precision: Decides the limits.
         device: As in `engine.open_engine`.
         threads: The same.
-        lean: Whether weights stay mapped from their files, which is slower; see
-            `onnxruntime.open_session`.
+        lean: Whether float weights stay mapped from their files, which is slower; see
+            `onnxruntime.open_session`. Quantized graphs run as ever: unfused, their weights would
+            all be widened first.
 
     Raises:
         DataError: A graph that is damaged, or that does not take the samples.
@@ -236,7 +144,8 @@ def replay(
 
     def run(name: str, **feeds: Array) -> dict[str, Array]:
         spec = graphs[name]
-        engine = open_engine(folder / spec.path, spec, device, threads, lean=lean)
+        mapped = lean and not (name == "vision" and precision.vision != "float")
+        engine = open_engine(folder / spec.path, spec, device, threads, lean=mapped)
         return engine.run(feeds)
 
     def stage(name: str, got: Array) -> Stage:
@@ -256,24 +165,8 @@ def replay(
     del got
     prompt = (samples.prompt_before, samples.pooled, samples.prompt_after)
     embeds = prompt_embeds(folder / decoder.embedding, decoder.max_positions, *prompt)
+    lean = lean and precision.decoder == "float"
     yield stage("logits", _last_logits(folder, decoder, embeds, threads, lean))
-
-
-def prompt_embeds(
-    table: Path, max_positions: int, before: Array, pooled: Array, after: Array
-) -> Array:
-    """Returns a prompt (1, n, D) of the type of the embeddings, its end if it is too long.
-
-    Args:
-        table: The decoder's embeddings, .npy (V, D).
-        max_positions: The largest n.
-        before: Ids (n,) before the pooled tokens.
-        pooled: (N, D).
-        after: Ids (n,) after them.
-    """
-    rows = np.load(table, mmap_mode="r")
-    embeds = np.concatenate([rows[before], pooled.astype(rows.dtype), rows[after]])
-    return embeds[None, -max_positions:]
 
 
 def _limits(name: str, precision: Precision, samples: Samples) -> dict[str, float]:
@@ -356,8 +249,8 @@ class Parity:
         """
         path = folder / PARITY
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = strict_json.read_text(path)
+        except OSError as error:
             raise DataError(f"{path}: no report of an export: {error}") from error
         return strict_json.decode(Parity, strict_json.loads(text, str(path)), str(path))
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import stat
 import types
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ppllava_engines.errors import DataError
@@ -13,6 +17,27 @@ from ppllava_engines.errors import DataError
 T = TypeVar("T")
 
 _SIMPLE = (str, int, float, bool, types.NoneType)
+_MOST_BYTES = 64 << 20  # far more than any config or manifest holds
+_MOST_SHOWN = 60  # characters of a value in an error
+_MOST_NAMED = 3  # keys in an error
+
+
+def read_text(path: Path) -> str:
+    """The text of a JSON file, for `loads`.
+
+    Raises:
+        DataError: Not a file but a folder or a pipe, larger than 64 MiB, or not UTF-8.
+        OSError: It is not there, or cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe may be read without end
+        raise DataError(f"{path}: not a file")
+    if status.st_size > _MOST_BYTES:
+        raise DataError(f"{path}: {status.st_size} bytes, expected at most {_MOST_BYTES} of JSON")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error}") from error
 
 
 def loads(text: str, source: str) -> Any:
@@ -25,9 +50,9 @@ def loads(text: str, source: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise DataError(f"{source}: key {', '.join(map(repr, twice))} is given more than once")
+            counts = Counter(key for key, _ in pairs)
+            twice = sorted(key for key, count in counts.items() if count > 1)
+            raise DataError(f"{source}: key {_named(twice)} is given more than once")
         return value
 
     def finite(constant: str) -> NoReturn:
@@ -40,10 +65,9 @@ def loads(text: str, source: str) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """The JSON text of a dataclass: indented, keys in declared order, a newline at the end."""
-    return (
-        json.dumps(dataclasses.asdict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    """The JSON text of a dataclass or a dict: indented, in order, a newline at the end."""
+    plain = value if isinstance(value, dict) else dataclasses.asdict(value)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
@@ -110,7 +134,7 @@ def _decode_object(kind: Any, value: Any, where: str) -> Any:
     unknown = [name for name in value if name not in names]
     if missing or unknown:
         found = [
-            f"{what} {', '.join(map(repr, keys))}"
+            f"{what} {_named(keys)}"
             for what, keys in (("misses", missing), ("has unknown", unknown))
             if keys
         ]
@@ -125,5 +149,18 @@ def _expect(kind: type, value: Any, where: str, expected: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        return shortened(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        return "nested too deep to be shown"
+
+
+def _named(keys: Sequence[str]) -> str:
+    names = ", ".join(shortened(repr(key)) for key in keys[:_MOST_NAMED])
+    more = len(keys) - _MOST_NAMED
+    return f"{names} and {more} more" if more > 0 else names
+
+
+def shortened(text: str) -> str:
+    """A value's text, cut to what fits into a sentence."""
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

@@ -15,7 +15,7 @@ from .config_files import CheckpointFiles, read_model_config
 from .modules.config import ModelConfig
 from .modules.model import PPLLaVA
 from .modules.unused import is_unused
-from .weights import Weights, check_values
+from .weights import Weights, check_values, differences
 
 _LM_HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -145,35 +145,18 @@ def _existing(folder: Path) -> Path:
 
 def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
     config, overlay = checkpoint.config, checkpoint.overlay
-    found = checkpoint.weights.shapes | {name: tuple(t.shape) for name, t in overlay.items()}
     optional = _optional(config)
-    missing = [
-        f"{name} {shape}"
-        for name, shape in expected.items()
-        if name not in found and name not in optional
-    ]
-    unexpected = [
-        f"{name} {shape}"
-        for name, shape in found.items()
-        if name not in expected
-        and not is_unused(name, config)
-        and not (overlay and name.startswith(_ALIGNMENT))
-    ]
-    misshapen = [
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape and (found[name], shape) not in _ONE_NUMBER
-    ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("misshapen", misshapen),
-        )
-        if names
-    ]
+    held = checkpoint.weights.shapes | {name: tuple(t.shape) for name, t in overlay.items()}
+    found = {}
+    for name, shape in held.items():
+        replaced = bool(overlay) and name.startswith(_ALIGNMENT)
+        if name in expected or not (replaced or is_unused(name, config)):
+            one = (shape, expected.get(name)) in _ONE_NUMBER
+            found[name] = expected[name] if one else shape
+    absent = optional - found.keys()
+    wanted = {name: shape for name, shape in expected.items() if name not in absent}
+    problems = differences(wanted, found)
     if problems:
         raise DataError(
-            f"checkpoint {checkpoint.files.folder}: tensors are wrong, {'; '.join(problems)}"
+            f"checkpoint {checkpoint.files.folder}: tensors are wrong, {problems}"
         )

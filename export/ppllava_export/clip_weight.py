@@ -12,11 +12,10 @@ from typing import Any
 from ppllava_engines.errors import DataError
 
 from .modules.config import Family
-from .sections import Section
+from .modules.text import LEGACY_EOS, extended_positions
+from .sections import Section, is_file
 
 Shapes = Callable[[], Mapping[str, tuple[int, ...]]]
-
-LEGACY_EOS = 2  # stated by OpenAI's configs, where it stands for the highest id of the vocabulary
 
 # Text towers of the published checkpoints, by the last component of the hub name.
 _PRESETS: dict[Family, dict[str, dict[str, Any]]] = {
@@ -57,8 +56,15 @@ def clip_folder(config: Section, folder: Path) -> Path | None:
     name = config.get("clip_weight")
     if name is None:
         return None
+    expected = "a folder or the name of a CLIP model"
     if not isinstance(name, str) or "\0" in name:
-        raise config.wrong("clip_weight", name, "a folder or the name of a CLIP model")
+        raise config.wrong("clip_weight", name, expected)
+    try:
+        dangling = not (folder / name).exists() and (folder / name).is_symlink()
+    except OSError as error:  # such as a name that is too long
+        raise config.wrong("clip_weight", name, expected) from error
+    if dangling:
+        raise config.wrong("clip_weight", name, f"{expected}, and it links to what is not there")
     return folder / name  # an absolute name stands for itself
 
 
@@ -77,7 +83,7 @@ def clip_section(config: Section, clip: Path | None, family: Family, shapes: Sha
     """
     preset = _PRESETS[family].get(clip.name) if clip else None
     if clip is not None and clip.is_dir():
-        if (clip / "config.json").exists():
+        if is_file(clip / "config.json"):
             section = Section.read(clip / "config.json")
             if (kind := section.get("model_type", family)) != family:
                 raise section.wrong("model_type", kind, f"{family!r}, as the checkpoint's towers")

@@ -23,11 +23,16 @@ from .modules.config import (
     Window,
 )
 from .modules.encoder import ACTIVATIONS
-from .sections import Section
+from .sections import Section, shown
 
 _PUBLISHED_FRAMES = 32
 # Of the research code's own config class.
 _DEFAULT_DEPTH, _DEFAULT_MAX_T = 4, 128
+# A still is enlarged to all of them at once; 36 are the most that is published.
+_MOST_TILES, _MOST_PINPOINTS = 64, 512
+# An extended table keeps twenty positions and interpolates the rest, so there must be more. A
+# causal tower is traced with four tokens.
+_LEAST_EXTENDED, _LEAST_CAUSAL = 21, 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def read_model_config(folder: Path, shapes: Shapes) -> tuple[ModelConfig, Checkp
     max_frames = vision.btadapter.max_frames if vision.btadapter else _max_frames(config)
     num_frames = min(preprocessor.integer("num_frames", _PUBLISHED_FRAMES), max_frames)
     kernel, stride, pooling = _pooling_window(config, (num_frames, *vision.grid))
-    image_kernel = config.triple("image_pooling_kernel", kernel, int)
+    image_kernel = config.triple("image_pooling_kernel", kernel)
     for key, value in (("pooling_kernel", kernel), ("image_pooling_kernel", image_kernel)):
         if any(k > size for k, size in zip(value, (max_frames, *vision.grid), strict=True)):
             raise config.wrong(key, list(value), f"at most {[max_frames, *vision.grid]}")
@@ -93,15 +98,15 @@ def read_model_config(folder: Path, shapes: Shapes) -> tuple[ModelConfig, Checkp
         kernel=kernel,
         stride=stride,
         image_kernel=image_kernel,
-        image_stride=config.triple("image_pooling_stride", stride, int),
+        image_stride=config.triple("image_pooling_stride", stride),
         temperature=config.number("pooling_temp", 0.01),
         max_frames=max_frames,
         image_token_index=config.index(
             "image_token_index", decoder["vocab_size"], kind.image_token_index
         ),
-        image_mean=preprocessor.triple("image_mean", defaults.mean, float),
-        image_std=preprocessor.triple("image_std", defaults.std, float),
-        eos_token_ids=read_eos_token_ids(folder, decoder),
+        image_mean=preprocessor.channels("image_mean", defaults.mean, positive=False),
+        image_std=preprocessor.channels("image_std", defaults.std, positive=True),
+        eos_token_ids=read_eos_token_ids(folder, config, decoder),
         family=family,
         image_grid_pinpoints=_pinpoints(config, kind, vision.image_size),
         pooling=pooling,
@@ -123,10 +128,11 @@ def text_token_ids(text: TextConfig) -> tuple[int | None, int]:
 def _kind(config: Section) -> KindDefaults:
     _refuse_code(config)
     name = config.get("model_type", "llava_next")
-    if not isinstance(name, str) or name not in KINDS:
-        raise IncompatibleError(
-            f"{config.where}: model_type is {name!r}, expected {' or '.join(KINDS)}"
-        )
+    expected = " or ".join(KINDS)
+    if not isinstance(name, str):
+        raise config.wrong("model_type", name, expected)
+    if name not in KINDS:
+        raise IncompatibleError(f"{config.where}: model_type is {shown(name)}, expected {expected}")
     return KINDS[name]
 
 
@@ -156,22 +162,28 @@ def _refuse_unsupported(config: Section, kind: KindDefaults, family: Family) -> 
         "vision_config.num_channels": (3, 3),
         "text_config.use_sliding_window": (False, False),
     }
-    reasons = [
-        f"{key} is {value!r} and only {only!r} is supported"
-        for key, (only, absent) in supported.items()
-        if (value := config.get(key, absent)) != only or type(value) is not type(only)
-    ]
+    reasons = []
+    for key, (only, absent) in supported.items():
+        value = config.get(key, absent)
+        if value is not None and type(value) is not type(only):
+            raise config.wrong(key, value, repr(only))
+        if value != only:
+            reasons.append(f"{key} is {shown(value)} and only {only!r} is supported")
     if family == "siglip" and config.flag("btadapter"):
         reasons.append("btadapter is True and only CLIP towers have one")
-    if (decoder := config.get("text_config.model_type", kind.decoder)) not in ("llama", "qwen2"):
-        reasons.append(f"text_config.model_type is {decoder!r}, expected 'llama' or 'qwen2'")
+    decoder, expected = config.get("text_config.model_type", kind.decoder), "'llama' or 'qwen2'"
+    if not isinstance(decoder, str):
+        raise config.wrong("text_config.model_type", decoder, expected)
+    if decoder not in ("llama", "qwen2"):
+        reasons.append(f"text_config.model_type is {shown(decoder)}, expected {expected}")
     reasons += [
         f"{prefix}quantization_config is set and quantised weights are not read"
         for prefix in ("", "vision_config.", "text_config.")
         if config.get(f"{prefix}quantization_config") is not None
     ]
-    if isinstance(config.get("vision_feature_layer"), list):
-        reasons.append("vision_feature_layer is a list and only one layer is supported")
+    layers = config.get("vision_feature_layer")
+    if isinstance(layers, list) and len(layers) > 1 and all(type(i) is int for i in layers):
+        reasons.append(f"vision_feature_layer is {shown(layers)} and only one layer is supported")
     if reasons:
         raise IncompatibleError(f"{config.where}: {'; '.join(reasons)}")
 
@@ -182,10 +194,12 @@ def _encoder(section: Section, sizes: Mapping[str, Any], family: Family) -> Enco
     heads = section.integer("num_attention_heads", defaults["num_attention_heads"])
     if width % heads:
         raise section.wrong("hidden_size", width, f"a multiple of {heads}")
-    if (act := section.get("hidden_act", defaults["hidden_act"])) not in ACTIVATIONS:
-        expected = ", ".join(ACTIVATIONS)
+    act, expected = section.get("hidden_act", defaults["hidden_act"]), ", ".join(ACTIVATIONS)
+    if not isinstance(act, str):
+        raise section.wrong("hidden_act", act, f"one of {expected}")
+    if act not in ACTIVATIONS:
         raise IncompatibleError(
-            f"{section.where}: hidden_act is {act!r}, expected one of {expected}"
+            f"{section.where}: hidden_act is {shown(act)}, expected one of {expected}"
         )
     return EncoderConfig(
         hidden_size=width,
@@ -229,9 +243,11 @@ def _text_config(
     section, defaults = clip.section("text_config"), FAMILIES[family].text
     extended = config.flag("extend_clip")
     vocab_size = section.integer("vocab_size", defaults["vocab_size"])
-    # Twenty positions are kept and the rest interpolated, so there must be more than twenty.
+    least = _LEAST_CAUSAL if family == "clip" else 2
     positions = section.integer(
-        "max_position_embeddings", defaults["max_position_embeddings"], least=21 if extended else 2
+        "max_position_embeddings",
+        defaults["max_position_embeddings"],
+        least=_LEAST_EXTENDED if extended else least,
     )
     bos: int | None = None
     pad: int | None = None
@@ -268,12 +284,12 @@ def _text_config(
 def _pooling_window(config: Section, size: Window) -> tuple[Window, Window, Pooling | None]:
     """Returns (kernel, stride) for `size` tokens, and from what they follow unless stated so."""
     kernel, stride, output = (
-        None if config.get(key) is None else config.triple(key, None, int)
+        None if config.get(key) is None else config.triple(key, None)
         for key in ("pooling_kernel", "pooling_stride", "pllava_pooling_shape")
     )
     if output is None:  # then neither of the others may be absent
-        kernel = config.triple("pooling_kernel", kernel, int)
-        return kernel, config.triple("pooling_stride", stride, int), None
+        kernel = config.triple("pooling_kernel", kernel)
+        return kernel, config.triple("pooling_stride", stride), None
     if kernel is not None and stride is not None:
         expected = "absent, as pooling_kernel and pooling_stride are both given"
         raise config.wrong("pllava_pooling_shape", list(output), expected)
@@ -285,10 +301,11 @@ def _pooling_window(config: Section, size: Window) -> tuple[Window, Window, Pool
 
 
 def _feature_layer(config: Section, kind: KindDefaults, vision: VisionConfig) -> int:
-    layer = config.get("vision_feature_layer", kind.feature_layer)
+    value = config.get("vision_feature_layer", kind.feature_layer)
+    layer = value[0] if isinstance(value, list) and len(value) == 1 else value
     entries = vision.encoder.num_hidden_layers + 1
     if type(layer) is not int or not -entries <= layer < entries:
-        raise config.wrong("vision_feature_layer", layer, f"one of {entries} layers")
+        raise config.wrong("vision_feature_layer", value, f"one of {entries} layers")
     return layer
 
 
@@ -297,14 +314,18 @@ def _pinpoints(config: Section, kind: KindDefaults, side: int) -> tuple[tuple[in
     if value is None:  # the class's default, in pixels of the tower that it is meant for
         nominal = kind.vision["image_size"] == side
         return tuple((h * side, w * side) for h, w in kind.tiles) if nominal else ()
-    expected = f"a list of [height, width] in multiples of {side}"
-    if not isinstance(value, list):
+    expected = (
+        f"a list of at most {_MOST_PINPOINTS} [height, width] in multiples of {side}, each of at "
+        f"most {_MOST_TILES} tiles"
+    )
+    if not isinstance(value, list) or len(value) > _MOST_PINPOINTS:
         raise config.wrong("image_grid_pinpoints", value, expected)
     for pair in value:
         if (
             not isinstance(pair, list)
             or len(pair) != 2
             or any(type(size) is not int or size < side or size % side for size in pair)
+            or pair[0] * pair[1] > _MOST_TILES * side**2
         ):
             raise config.wrong("image_grid_pinpoints", value, expected)
     return tuple((pair[0], pair[1]) for pair in value)

@@ -21,7 +21,7 @@ from ppllava_engines.bundle import (
     new_bundle,
 )
 from ppllava_engines.errors import UsageError
-from ppllava_engines.parity import SAMPLES
+from ppllava_engines.samples import SAMPLES
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .config_files import text_token_ids

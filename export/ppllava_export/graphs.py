@@ -7,6 +7,7 @@ mapped files to the graph's data file one at a time, while the graph is saved.
 from __future__ import annotations
 
 import ast
+import io
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,7 +142,9 @@ def export_newline(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> 
     if newline is None:
         return None
     # Through the graphs' own type, as every embedding beside it.
-    np.save(folder / NEWLINE, newline.to(dtype).to(edge(dtype)).numpy())
+    content = io.BytesIO()  # into a file, numpy writes by C's buffers and loses their failures
+    np.save(content, newline.to(dtype).to(edge(dtype)).numpy())
+    (folder / NEWLINE).write_bytes(content.getvalue())
     return NEWLINE
 
 

@@ -43,7 +43,7 @@ def streamed_fp32(model: nn.Module, release: Callable[[], None]) -> Iterator[nn.
 
     Each module's own weights are fp32 only while it runs, and their pages are given back after it:
     all at once they may not fit into memory. Where a module reads weights of another that does not
-    run, they are widened by torch's own rules for mixed types.
+    run, it takes them in the type of what it computes.
 
     Args:
         model: Given fp32 inputs, it returns fp32.

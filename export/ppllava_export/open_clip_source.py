@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .mapped import release
 from .modules.config import ModelConfig
 from .open_clip_alignment import OpenClipAlignment
 from .quiet import quiet
-from .weights import check_values, read_tensors, refuse_hard_links
+from .weights import check_values, differences, read_tensors, refuse_hard_links
 
 _SCHEME = "open_clip"
 _SEED = 0
@@ -167,25 +166,10 @@ def _load(model: nn.Module, path: Path) -> None:
             tensors[name] = tensors[name].reshape(expected[name].shape)
     if _BIAS in expected:  # no softmax sees it
         tensors.setdefault(_BIAS, torch.zeros(expected[_BIAS].shape))
-    problems = _problems(
+    problems = differences(
         {name: tuple(tensor.shape) for name, tensor in expected.items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
     )
     if problems:
-        raise DataError(f"{path}: not the weights of this model, {'; '.join(problems)}")
+        raise DataError(f"{path}: not the weights of this model, {problems}")
     model.load_state_dict(tensors, assign=True)
-
-
-def _problems(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    kinds = {
-        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in found],
-        "unexpected": [f"{name} {shape}" for name, shape in found.items() if name not in expected],
-        "misshapen": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    return [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]

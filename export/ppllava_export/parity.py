@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppllava_engines.bundle import DecoderSpec, GraphSpec, ModelSpec, Precision
-from ppllava_engines.parity import Parity, Samples, pixel_values, prompt_embeds, replay
+from ppllava_engines.parity import Parity, replay
+from ppllava_engines.samples import Samples, pixel_values, prompt_embeds
 
 from .checkpoint import Checkpoint
 from .config_files import text_token_ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,32 @@ from ppllava_engines import strict_json
 from ppllava_engines.errors import DataError, NotFoundError
 
 _LARGEST = 2**31 - 1  # more than any size or id of a model
+_MOST_BYTES = 1 << 30  # more than any tokenizer has
+# The graphs compute in float32; what is below its normal range is zero to some of its kernels.
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def is_file(path: Path) -> bool:
-    """Returns whether there is such a file.
+    """Returns whether there is such a file, one that may be read as a whole.
 
     Raises:
-        DataError: Something else is there, such as a pipe, which may be read without end.
+        DataError: Something else is there: a pipe, which may be read without end, a link to what
+            is missing, or a file above 1 GiB.
     """
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        if path.is_symlink():
+            raise DataError(f"{path}: a link to what is not there, copy the whole checkpoint")
+        return False
+    if not path.is_file():
         raise DataError(f"{path}: not a file")
-    return path.is_file()
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise DataError(f"{path}: {size} bytes, expected at most {_MOST_BYTES}")
+    return True
+
+
+def is_normal(value: float) -> bool:
+    """Returns whether a positive number is within float32's normal range."""
+    return _SMALLEST_FLOAT <= value <= _LARGEST_FLOAT
 
 
 class Section:
@@ -36,16 +50,14 @@ class Section:
         """Returns the object in the JSON file `path`.
 
         Raises:
-            DataError: Not to be read, not UTF-8, not JSON, or not an object.
+            DataError: Not to be read, above 64 MiB, not UTF-8, not JSON, or not an object.
             NotFoundError: There is no such file.
         """
         is_file(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = strict_json.read_text(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{path}: no such file") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         values = strict_json.loads(text, str(path))
@@ -100,23 +112,37 @@ class Section:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Returns a positive finite float."""
+        """Returns a positive number within float32's normal range."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.wrong(key, value, "a positive number")
+        if type(value) not in (int, float) or not is_normal(value):
+            raise self.wrong(key, value, "a positive number in float32's normal range")
         return float(value)
 
-    def triple(self, key: str, default: Any, kind: type[int] | type[float]) -> tuple[Any, Any, Any]:
-        """Returns three positive numbers of `kind`."""
+    def triple(self, key: str, default: tuple[int, int, int] | None) -> tuple[int, int, int]:
+        """Returns three positive ints."""
         value = self.get(key, default)
-        kinds = (int,) if kind is int else (int, float)
         if (
             not isinstance(value, list | tuple)
             or len(value) != 3
-            or any(type(item) not in kinds or not 0 < item < math.inf for item in value)
+            or any(type(item) is not int or not 1 <= item <= _LARGEST for item in value)
         ):
-            raise self.wrong(key, value, f"three positive {kind.__name__} values")
-        return kind(value[0]), kind(value[1]), kind(value[2])
+            raise self.wrong(key, value, "three positive integers")
+        return value[0], value[1], value[2]
+
+    def channels(
+        self, key: str, default: tuple[float, float, float], *, positive: bool
+    ) -> tuple[float, float, float]:
+        """Returns a number per channel; of any sign, and maybe 0, unless `positive`."""
+        value = self.get(key, default)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != 3
+            or any(type(item) not in (int, float) for item in value)
+            or not all(is_normal(i) if positive else abs(i) <= _LARGEST_FLOAT for i in value)
+        ):
+            expected = "positive numbers" if positive else "numbers"
+            raise self.wrong(key, value, f"three {expected} in float32's range")
+        return float(value[0]), float(value[1]), float(value[2])
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Returns a bool."""
@@ -127,5 +153,13 @@ class Section:
 
     def wrong(self, key: str, value: Any, expected: str) -> DataError:
         """Returns the error that says what `key` holds and what it must hold."""
-        got = "absent" if value is None else repr(value)
-        return DataError(f"{self.where}: {key} is {got}, expected {expected}")
+        key = strict_json.shortened(key)
+        return DataError(f"{self.where}: {key} is {shown(value)}, expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """Returns a value for people, cut to what fits into a sentence."""
+    try:
+        return "absent" if value is None else strict_json.shortened(repr(value))
+    except RecursionError:
+        return "nested too deep to be shown"

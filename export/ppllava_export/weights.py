@@ -28,6 +28,7 @@ _NAMES = {
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 64 << 20  # of a tensor, looked at before its pages are given back
+_PROGRAM_BYTES = 64 << 20  # of a pickle and its notes: names and shapes take far less
 _ZIP = b"PK\x03\x04"
 _ZIP_LENGTHS = 26  # into an entry's header: the lengths of its name and its extra field
 # How torch's safe loader names what a pickle wanted to run.
@@ -58,6 +59,12 @@ class Weights(Mapping[str, Tensor]):
         absent = [f"{n} in {shard}" for n, shard in shards.items() if n not in held[folder / shard]]
         if absent:
             raise DataError(f"{index}: the shards do not hold {', '.join(absent)}")
+        unlisted = sorted({n for part in held.values() for n in part} - shards.keys())
+        if shards and unlisted:
+            raise DataError(
+                f"{index}: does not list {', '.join(unlisted)}, which the shards hold: copy the "
+                "index again"
+            )
         sharded = {name: held[folder / shard][name] for name, shard in shards.items()}
         self._tensors = sharded or held[index]
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
@@ -94,7 +101,7 @@ def check_values(
         tensors: By name.
         where: Names them in errors.
         limit: The largest magnitude that the export's float type holds.
-        release: Called after each large block, to let go of its pages.
+        release: Called now and then, to let go of the pages that were read.
 
     Raises:
         DataError: A tensor that is not of a float type, e.g. quantized; NaN, infinity or a
@@ -106,7 +113,16 @@ def check_values(
             f"{where}: weights that are not floats: {', '.join(typed)}: export the checkpoint they "
             "were quantized from"
         )
-    peaks = {name: _peak(tensor, release) for name, tensor in tensors.items()}
+    peaks, unreleased = {}, 0
+    for name, tensor in tensors.items():
+        extremes = [torch.zeros((), dtype=tensor.dtype)]
+        for block in _blocks(tensor):
+            extremes += [block.amax(), -block.amin()]
+            unreleased += block.nbytes
+            if unreleased > _BLOCK_BYTES:
+                release()
+                unreleased = 0
+        peaks[name] = float(torch.stack(extremes).amax())  # NaN where there is any
     release()
     bad = [f"{name} ({peak})" for name, peak in peaks.items() if not peak <= limit]
     if bad:
@@ -116,17 +132,32 @@ def check_values(
         )
 
 
-def _peak(tensor: Tensor, release: Callable[[], None]) -> float:
-    """Returns the largest magnitude; NaN where there is any."""
-    if tensor.numel() == 0:
-        return 0.0
-    peaks = []
-    rows = tensor if tensor.ndim else tensor[None]
-    for block in rows.split(max(1, _BLOCK_BYTES * len(rows) // rows.nbytes)):
-        peaks += [block.amax(), -block.amin()]
-        if block.nbytes > _BLOCK_BYTES // 2:
-            release()
-    return float(torch.stack(peaks).amax())
+def differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Returns every tensor that is missing, unexpected or misshapen, "" when there is none.
+
+    Args:
+        expected: Shapes by name.
+        found: The same.
+    """
+    kinds = {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in found],
+        "unexpected": [f"{name} {shape}" for name, shape in found.items() if name not in expected],
+        "misshapen": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(f"{len(names)} {k}: {', '.join(names)}" for k, names in kinds.items() if names)
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields a tensor's rows, as many at a time as make a block."""
+    if tensor.numel() > 0:
+        rows = tensor if tensor.ndim else tensor[None]
+        yield from rows.split(max(1, _BLOCK_BYTES * len(rows) // rows.nbytes))
 
 
 def _find(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -152,10 +183,17 @@ def _read_index(path: Path, suffix: str) -> dict[str, str]:
             )
     if not index.values:
         raise DataError(f"{path}: weight_map lists no tensors")
-    missing = sorted({s for s in index.values.values() if not (path.parent / s).is_file()})
+    missing = sorted({s for s in index.values.values() if not _is_there(path.parent / s)})
     if missing:
         raise DataError(f"{path.parent}: missing shards {', '.join(missing)}: copy them as well")
     return index.values
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def refuse_hard_links(files: Iterable[Path]) -> None:
@@ -173,12 +211,13 @@ def refuse_hard_links(files: Iterable[Path]) -> None:
         )
 
 
-def read_tensors(path: Path, part: str = "") -> dict[str, Tensor]:
+def read_tensors(path: Path, part: str | None = None) -> dict[str, Tensor]:
     """Returns the tensors in one file by name, mapped: safetensors by its suffix, else a pickle.
 
     Args:
         path: The file.
-        part: Where a pickle may hold them, beside what else a training run saves.
+        part: Where a pickle may hold them, beside what else a training run saves; None where they
+            are all there is.
 
     Raises:
         DataError: Malformed, not tensors by name, or a pickle that asks to run code.
@@ -194,13 +233,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: not whole safetensors, copy it again: {error}") from error
 
 
-def _read_pickle(path: Path, part: str) -> dict[str, Tensor]:
+def _read_pickle(path: Path, part: str | None) -> dict[str, Tensor]:
     with path.open("rb") as stream:
         if stream.read(len(_ZIP)) != _ZIP:
             raise DataError(
                 f"{path}: not an archive of torch.save's since 1.6, older pickles are refused: "
                 "convert it to safetensors"
             )
+    entries = _entries(path)
     try:
         tensors: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # an unpickler that is fed anything raises anything
@@ -209,22 +249,22 @@ def _read_pickle(path: Path, part: str) -> dict[str, Tensor]:
         if found:
             reason = f"it asks to run {found[1]}"
         raise DataError(f"{path}: torch's safe loader refuses it: {reason}") from error
-    if isinstance(tensors, dict):
+    if isinstance(tensors, dict) and part is not None:
         tensors = tensors.get(part, tensors)
     if not isinstance(tensors, dict):
         raise DataError(f"{path}: holds a {type(tensors).__name__}, expected tensors by name")
     wrong = [str(name) for name, value in tensors.items() if not _plain(name, value)]
     if wrong:
         raise DataError(f"{path}: not plain tensors by name: {', '.join(wrong)}")
-    _check_places(path, tensors)
+    _check_places(path, tensors, entries)
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _check_places(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_places(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[int, int]) -> None:
     """Returns nothing when each tensor is mapped from an entry of the archive, as large as it is.
 
-    The loader maps what the pickle says from where an entry begins, even if that one is shorter
-    or compressed, and so would take the bytes that follow for weights.
+    The loader maps what the pickle says from where an entry begins, even if that one is shorter,
+    and so would take the bytes that follow for weights.
 
     Raises:
         DataError: One is not.
@@ -234,7 +274,6 @@ def _check_places(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values()
         if (storage := tensor.untyped_storage()).nbytes()
     }
-    entries = _entries(path)
     first, size = next(iter(storages.items()), (0, 0))
     # The file is mapped to somewhere that begins a page, the same for all.
     bases = [first - place for place, entry in entries.items() if entry == size]
@@ -249,14 +288,33 @@ def _check_places(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _entries(path: Path) -> dict[int, int]:
-    """Returns where in the file each entry that is not compressed begins → its size."""
+    """Returns where in the file each entry of an archive begins → its size.
+
+    Raises:
+        DataError: Not a whole archive; an entry that is compressed, which torch.save never makes
+            and torch inflates to any size; or one beside the tensors that is too large.
+    """
     entries = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
-        for info in archive.infolist():
-            stream.seek(info.header_offset + _ZIP_LENGTHS)
-            name, extra = struct.unpack("<HH", stream.read(4))
-            if info.compress_type == zipfile.ZIP_STORED:
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+            listed = archive.infolist()
+            for info in listed:
+                stream.seek(info.header_offset + _ZIP_LENGTHS)
+                name, extra = struct.unpack("<HH", stream.read(4))
                 entries[stream.tell() + name + extra] = info.file_size
+    except Exception as error:  # zipfile that is fed anything raises anything
+        raise DataError(f"{path}: not a whole archive, copy it again: {error}") from error
+    for info in listed:
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise DataError(
+                f"{path}: its entry {info.filename!r} is compressed, expected as torch.save "
+                "stores it: convert it to safetensors"
+            )
+        if "/data/" not in info.filename and info.file_size > _PROGRAM_BYTES:
+            raise DataError(
+                f"{path}: its entry {info.filename!r} has {info.file_size} bytes, expected at most "
+                f"{_PROGRAM_BYTES} beside the tensors: convert it to safetensors"
+            )
     return entries
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.engine import Engine
-from ppllava_engines.errors import UsageError
+from ppllava_engines.errors import InternalError, UsageError
 from ppllava_runtime.answer import Answer, Counts, Stopwatch
 from ppllava_runtime.anyres import Tiling
 from ppllava_runtime.arrays import load_array
@@ -33,7 +34,7 @@ class Assistant:
 
     Args:
         bundle: The exported model.
-        threads: Threads of this process's one pool; None is one per core.
+        threads: Threads that work on one operator; None is one per core.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
@@ -73,35 +74,44 @@ class Assistant:
 
         Args:
             path: The file.
-            num_frames: Frames to look at; None is what the model was trained with.
-            start: First second to look at; None is the first frame.
-            end: Last second to look at; None is the last frame.
+            num_frames: Frames of a video to look at; None is what the model was trained with.
+            start: First second of a video to look at; None is the first frame.
+            end: Last second of a video to look at; None is the last frame.
             progress: Called with the number of frames encoded so far and of all.
 
         Raises:
-            UsageError: More frames than the model takes, or a span outside the video.
+            UsageError: More frames than the model takes, a span outside the video, or any of these
+                for a picture.
             DataError, NotFoundError, StorageError, UnavailableError: See `video.read_clip`.
         """
         stopwatch = Stopwatch()
+        asked = {"frames": num_frames, "start": start, "end": end}
         num_frames = self.model.default_frames if num_frames is None else num_frames
         self._check_at_most("frames", num_frames)
         with stopwatch.time("decode"):
             clip = read_clip(path, num_frames, start, end)
+        given = [name for name, value in asked.items() if value is not None]
+        if clip.info.is_still and given:
+            raise UsageError(
+                f"image {path}: {', '.join(given)}: of no meaning for a picture, leave it out"
+            )
         kind: Kind = "image" if clip.info.is_still else "video"
         return self._remember(kind, clip.frames, clip.info, stopwatch, progress)
 
     def look(self, paths: Sequence[str | Path], progress: Progress | None = None) -> Video:
-        """Several pictures, looked at together and remembered; of one, the same as `watch`.
+        """Several pictures, looked at together and remembered; one is seen as `watch` sees it.
 
         Args:
             paths: Their files.
             progress: Called with the number of pictures encoded so far and of all.
 
         Raises:
-            UsageError: No picture, or more than the model takes.
+            UsageError: No picture, more than the model takes, or one path that is in no list.
             DataError, NotFoundError, StorageError: See `video.read_pictures`.
         """
         stopwatch = Stopwatch()
+        if isinstance(paths, str | PathLike):  # whose letters would be paths
+            raise UsageError(f"look takes a list of paths, got {str(paths)!r}: put it in a list")
         if not paths:
             raise UsageError("there is no picture to look at")
         self._check_at_most("the number of pictures", len(paths))
@@ -253,7 +263,7 @@ class Video:
         window = memory.window(assistant.model, kernel, stride, num_tokens)
         prompt = self._prompt(question, memory.num_places(window))
         decoder, stopwatch = assistant.decoder, Stopwatch()
-        splices, relevance = self._pool(prompt, window, stopwatch)
+        splices, relevance = self._pool(question, prompt, window, stopwatch)
         with stopwatch.time("prefill"):
             first, *others = prompt.parts(assistant.model.image_token_index)
             embeds = [decoder.embed(first)]
@@ -292,7 +302,7 @@ class Video:
         return question
 
     def _pool(
-        self, prompt: Prompt, window: Window, stopwatch: Stopwatch
+        self, question: str | Prompt, prompt: Prompt, window: Window, stopwatch: Stopwatch
     ) -> tuple[list[NDArray[Any]], NDArray[np.float32]]:
         """What goes into each place of the prompt, (n,D); and the relevance (T,h,w)."""
         assistant, memory = self._assistant, self.memory
@@ -300,7 +310,16 @@ class Video:
             return [], np.empty(memory.size, np.float32)
         text, pool = assistant.text, assistant.pool
         with stopwatch.time("text"):
-            text_embed = text.run({"input_ids": prompt.text_ids})["text_embed"]
+            try:
+                text_embed = text.run({"input_ids": prompt.text_ids})["text_embed"]
+            except InternalError as error:
+                if isinstance(question, str):
+                    raise
+                # The graph alone knows how many ids there are.
+                raise UsageError(
+                    f"the prompt's text_ids go up to {prompt.text_ids.max()} and the text graph "
+                    f"does not take them, expected its tokenizer's: {error}"
+                ) from error
         with stopwatch.time("pool"):
             found = pool.run(
                 {

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ppllava_engines.errors import StorageError, UsageError, run_command
+from ppllava_engines.errors import StorageError, UnavailableError, UsageError, run_command
 from ppllava_runtime.answer import Answer
 from ppllava_runtime.assistant import DEFAULT_MAX_NEW_TOKENS, Assistant, Video
 from ppllava_runtime.video import ClipInfo
@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         PPLLaVAError: Any failure, except of one question among several.
     """
-    options = _parser().parse_args(argv)
+    # Intermixed, so that the question may follow options.
+    options = _parser().parse_intermixed_args(argv)
     _check_together(options)
     files = [] if options.video is None else [options.video, *options.image]
     if options.heatmap:
@@ -115,7 +116,7 @@ def _converse(
                 _tell(f"wrote {rest.strip()}")
             else:
                 raise UsageError(f"{command} is not understood: type {_HELP}")
-        except (UsageError, StorageError) as error:  # of this line, so the next one may be better
+        except (UsageError, StorageError, UnavailableError) as error:  # the next may be better
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # enough of this answer
             print(file=sys.stderr if options.json else sys.stdout)
@@ -213,7 +214,9 @@ def _check_heatmap(path: Path, files: Sequence[Path]) -> None:
     for file in files:
         with suppress(OSError):  # what cannot be found is not the same
             if path.samefile(file):
-                raise UsageError(f"heatmap {path}: this is the video itself, give another name")
+                raise UsageError(
+                    f"heatmap {path}: this is what is looked at itself, give another name"
+                )
 
 
 def _path_or_none(text: str) -> Path | None:
@@ -241,7 +244,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, action="append", default=[], metavar="PATH",
         help="another picture beside the first; may be given again")  # fmt: skip
     add("--heatmap", type=Path, metavar="PATH", help="where the model looked: a .png or .mp4")
-    add("--frames", type=int, metavar="N", help="frames to look at (default: the model's)")
+    add(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames of a video to look at (default: the model's)",
+    )
     add("--start", type=float, metavar="S", help="first second to look at")
     add("--end", type=float, metavar="S", help="last second to look at")
     add("--tokens", type=int, metavar="N", help="at most so many visual tokens after pooling")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppllava_engines.errors import StorageError, UsageError
+from ppllava_engines.errors import StorageError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,9 @@ _TILE_WIDTHS = (160, 420)
 _MARGIN = 12
 _VIDEO_FPS = 2  # frames that were sampled far apart want to be looked at one by one
 _VIDEO_HEIGHTS = (240, 720)
+_VIDEO_WIDTH = 360  # at least, for title, legend and caption
+_ENCODER = "libx264"
+_LEAST_PROPORTION, _MOST_PROPORTION = 1 / 4, 4.0  # of a box: a line would make it a mile long
 
 
 def write_heatmap(
@@ -61,6 +64,7 @@ def write_heatmap(
     Raises:
         UsageError: Another suffix.
         StorageError: The file cannot be written.
+        UnavailableError: A video, and PyAV is missing or cannot write one.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -154,40 +158,64 @@ def _draw_legend(
 def _write_film(
     path: Path, pages: Sequence[_Page], scale: tuple[float, float], question: str
 ) -> None:
-    import av
     from PIL import Image, ImageDraw
 
     least, most = _VIDEO_HEIGHTS
     tall = min(max(max(len(picture) for picture, _, _ in pages), least), most)
     box = (2 * max(1, round(tall / _proportion(pages) / 2)), 2 * round(tall / 2))
     font = _font(16)
+    box = (max(box[0], _VIDEO_WIDTH), box[1])
     title = _wrapped(question, font, box[0] - 2 * _MARGIN)
     top = 2 * ((2 * _MARGIN + 22 * len(title)) // 2)
     page_size = (box[0], top + box[1] + 36)
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=_VIDEO_FPS, options={"crf": "18"})
-        stream.width, stream.height = page_size
-        stream.pix_fmt = "yuv420p"
-        for i, (picture, caption, relevance) in enumerate(pages):
-            page = Image.new("RGB", page_size, _BACKGROUND)
-            draw = ImageDraw.Draw(page)
-            for line, text in enumerate(title):
-                draw.text((_MARGIN, _MARGIN + 22 * line), text, _INK, font)
-            size, (left, above) = _fitted(picture, box)
-            page.paste(overlay(picture, relevance, scale, size), (left, top + above))
-            _draw_legend(page, (_MARGIN, top + box[1] + 8), scale, font)
-            right = page_size[0] - _MARGIN - math.ceil(draw.textlength(caption, font))
-            draw.text((right, top + box[1] + 8), caption, _INK, font)
-            frame = av.VideoFrame.from_ndarray(np.asarray(page), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, _VIDEO_FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+
+    def drawn(
+        picture: NDArray[np.uint8], caption: str, relevance: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        page = Image.new("RGB", page_size, _BACKGROUND)
+        draw = ImageDraw.Draw(page)
+        for line, text in enumerate(title):
+            draw.text((_MARGIN, _MARGIN + 22 * line), text, _INK, font)
+        size, (left, above) = _fitted(picture, box)
+        page.paste(overlay(picture, relevance, scale, size), (left, top + above))
+        _draw_legend(page, (_MARGIN, top + box[1] + 8), scale, font)
+        right = page_size[0] - _MARGIN - math.ceil(draw.textlength(caption, font))
+        draw.text((right, top + box[1] + 8), caption, _INK, font)
+        return np.asarray(page)
+
+    _encode(path, page_size, (drawn(*page) for page in pages))
+
+
+def _encode(path: Path, size: tuple[int, int], frames: Iterable[NDArray[np.uint8]]) -> None:
+    """Writes the video `path` of frames (H,W,3) uint8 RGB, (W,H) being `size` and even."""
+    try:
+        import av
+    except ImportError as error:
+        raise UnavailableError(f"writing videos needs PyAV: pip install av ({error})") from error
+    try:
+        with av.open(str(path), "w", format="mp4") as container:
+            stream: Any = container.add_stream(_ENCODER, rate=_VIDEO_FPS, options={"crf": "18"})
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuv420p"
+            for i, array in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, _VIDEO_FPS)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    except av.codec.codec.UnknownCodecError as error:
+        raise UnavailableError(
+            f"heatmap: this PyAV has no encoder {_ENCODER}: give a name that ends in .png, or "
+            "pip install --force-reinstall av"
+        ) from error
+    except av.FFmpegError as error:  # some, but not all, are OSError already
+        raise OSError(f"FFmpeg: {error.strerror}") from error
 
 
 def _proportion(pages: Sequence[_Page]) -> float:
-    """Height by width of the boxes that pictures are fitted into: the middle one's."""
+    """Height by width of the boxes that pictures are fitted into: the middle one's, or nearly."""
     sizes = (picture.shape[:2] for picture, _, _ in pages)
-    return float(sorted(height / width for height, width in sizes)[len(pages) // 2])
+    middle = sorted(height / width for height, width in sizes)[len(pages) // 2]
+    return float(min(max(middle, _LEAST_PROPORTION), _MOST_PROPORTION))
 
 
 def _fitted(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ _PLACE = "<image>\n"  # in a template
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders show for bytes that are no character yet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A question as ids.
 
@@ -33,21 +35,48 @@ class Prompt:
     ids: tuple[int, ...]
 
     def check(self, manifest: Manifest, num_places: int) -> None:
-        """Nothing, when the ids are the decoder's and leave so many places for visual tokens.
+        """Nothing, when the ids fit the model and leave so many places for visual tokens.
 
         Raises:
             UsageError: They do not.
         """
+        self._check_text_ids(manifest.model, num_places)
         place, vocab_size = manifest.model.image_token_index, manifest.decoder.vocab_size
-        unknown = [id_ for id_ in self.ids if id_ != place and not 0 <= id_ < vocab_size]
-        if not self.ids or unknown:
-            got = f"{unknown[0]} among its ids" if unknown else "no ids"
-            raise UsageError(f"the prompt has {got}, expected some from 0 to {vocab_size - 1}")
+        if not isinstance(self.ids, Sequence) or not self.ids:
+            got = "no" if isinstance(self.ids, Sequence) else f"{type(self.ids).__name__} for"
+            raise UsageError(f"the prompt has {got} ids, expected some from 0 to {vocab_size - 1}")
+        for id_ in self.ids:
+            is_int = isinstance(id_, int | np.integer) and not isinstance(id_, bool)
+            if not is_int or (id_ != place and not 0 <= id_ < vocab_size):
+                raise UsageError(
+                    f"the prompt has {id_!r} among its ids, expected some from 0 to "
+                    f"{vocab_size - 1}"
+                )
         if self.ids.count(place) != num_places:
             raise UsageError(
                 f"the prompt has {self.ids.count(place)} places for visual tokens (id {place}), "
                 f"expected {num_places}"
             )
+
+    def _check_text_ids(self, model: ModelSpec, num_places: int) -> None:
+        ids: object = self.text_ids
+        most, padded = model.text_positions, model.text_pad_token_id is not None
+        expected = f"int64 (1,{'' if padded else 'n up to '}{most})"
+        if not isinstance(ids, np.ndarray):
+            raise UsageError(f"the prompt's text_ids are {type(ids).__name__}, expected {expected}")
+        fitting = ids.shape == (1, most) or (
+            ids.ndim == 2 and len(ids) == 1 and not padded and ids.size <= most
+        )
+        if ids.dtype != np.int64 or not fitting:
+            shape = ",".join(map(str, ids.shape))
+            raise UsageError(
+                f"the prompt's text_ids are {ids.dtype} ({shape}), expected {expected}"
+            )
+        if ids.size and ids.min() < 0:
+            raise UsageError(f"the prompt has {ids.min()} among its text_ids, expected 0 or more")
+        end = model.text_eos_token_id
+        if num_places and end not in ids:
+            raise UsageError(f"the prompt's text_ids do not end: expected {end} among them")
 
     def parts(self, image_token_index: int) -> list[tuple[int, ...]]:
         """The decoder's ids before, between and after its places."""
@@ -63,21 +92,31 @@ class PromptBuilder:
         decoder: The decoder's tokenizer.
         text: The text tower's tokenizer.
         model: Template, special ids and the number of positions.
+        eos_token_ids: What ends an answer of the decoder.
     """
 
-    def __init__(self, decoder: Tokenizer, text: Tokenizer, model: ModelSpec) -> None:
+    def __init__(
+        self,
+        decoder: Tokenizer,
+        text: Tokenizer,
+        model: ModelSpec,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
         for tokenizer in (decoder, text):  # a tokenizer file may carry settings for training
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._decoder = decoder
         self._text = text
         self._model = model
-        added = decoder.get_added_tokens_decoder().values()
-        self._reserved = {token.content for token in added if token.special}
-        ends = (model.text_bos_token_id, model.text_eos_token_id, model.text_pad_token_id)
-        self._reserved |= {
-            token for id_ in ends if id_ is not None and (token := text.id_to_token(id_))
-        }
+        self._decoder_reserved = _reserved_by_decoder(decoder, model, eos_token_ids)
+        self._text_reserved = _reserved_by_text(text, model)
+        self._reserved = sorted(
+            {*self._decoder_reserved.values(), *self._text_reserved.values()} - {""}
+        )
+        # What stands for the unknown is harmless as an id, unless it ends an answer as well.
+        unknown = decoder.token_to_id(getattr(decoder.model, "unk_token", None) or "")
+        if unknown is not None and unknown not in (model.image_token_index, *eos_token_ids):
+            self._decoder_reserved.pop(unknown, None)
 
     @staticmethod
     def open(bundle: Bundle) -> PromptBuilder:
@@ -94,7 +133,9 @@ class PromptBuilder:
                 "questions in text: export it again without --skip-tokenizer"
             )
         decoder, text = (_load(bundle.file(files[name])) for name in names)
-        return PromptBuilder(decoder, text, bundle.manifest.model)
+        return PromptBuilder(
+            decoder, text, bundle.manifest.model, bundle.manifest.decoder.eos_token_ids
+        )
 
     def build(self, question: str, num_places: int = 1) -> Prompt:
         """The ids of one question; a question too long for the text tower guides by its beginning.
@@ -104,8 +145,8 @@ class PromptBuilder:
             num_places: Places for visual tokens before it: one for a video, none without.
 
         Raises:
-            UsageError: A question that is empty, is not text or contains a token reserved for the
-                template.
+            UsageError: A question that is empty, is not text, or contains a token reserved for the
+                template or becomes one.
             DataError: A template that does not give so many places.
         """
         question = question.strip()
@@ -117,12 +158,15 @@ class PromptBuilder:
             raise UsageError("the question is not text: expected UTF-8") from error
         # Read as text these would be harmless, but tokenizers read them as commands: one more
         # place for an image, or the end of the turn.
-        for token in sorted(self._reserved):
+        for token in self._reserved:
             if token in question:
                 raise UsageError(f"the question contains the reserved {token!r}: leave it out")
         model = self._model
         turn = model.chat_template.replace(_PLACE, _PLACE * num_places)
-        ids = self._decoder.encode(turn.replace("{question}", question)).ids
+        ids, bare = (
+            self._decoder.encode(turn.replace("{question}", words)).ids for words in (question, "")
+        )
+        _refuse(ids, bare, self._decoder_reserved)
         if ids.count(model.image_token_index) != num_places:
             raise DataError(
                 f"model {model.name}: its chat template gives {ids.count(model.image_token_index)} "
@@ -135,6 +179,7 @@ class PromptBuilder:
         model = self._model
         begin = [] if model.text_bos_token_id is None else [model.text_bos_token_id]
         words = self._text.encode(question, add_special_tokens=False).ids
+        _refuse(words, (), self._text_reserved)
         ids = [*(begin + words)[: model.text_positions - 1], model.text_eos_token_id]
         if model.text_pad_token_id is not None:
             ids += [model.text_pad_token_id] * (model.text_positions - len(ids))
@@ -192,6 +237,42 @@ class TextStream:
         self._space = text[len(piece) :]
         self._begun |= bool(piece)
         return piece
+
+
+def _reserved_by_decoder(
+    tokenizer: Tokenizer, model: ModelSpec, eos_token_ids: Iterable[int]
+) -> dict[int, str]:
+    """The ids that no question may have, with their tokens: the special and the template's."""
+    reserved = {id_: tokenizer.id_to_token(id_) or "" for id_ in eos_token_ids}
+    place = model.image_token_index
+    reserved[place] = tokenizer.id_to_token(place) or ""
+    for id_, token in tokenizer.get_added_tokens_decoder().items():
+        # White space may be an added token as well, and is in every question.
+        if token.special or (token.content.strip() and token.content in model.chat_template):
+            reserved[id_] = token.content
+    return reserved
+
+
+def _reserved_by_text(tokenizer: Tokenizer, model: ModelSpec) -> dict[int, str]:
+    """The same for the text tower: what begins, ends and, unless it is a word, pads."""
+    ids: set[int | None] = {model.text_bos_token_id, model.text_eos_token_id}
+    added = tokenizer.get_added_tokens_decoder()
+    if (pad := model.text_pad_token_id) in added:
+        ids.add(pad)
+    return {id_: tokenizer.id_to_token(id_) or "" for id_ in ids if id_ is not None}
+
+
+def _refuse(ids: Iterable[int], expected: Iterable[int], reserved: dict[int, str]) -> None:
+    """Nothing, when `ids` has no more of the reserved ids than `expected` has.
+
+    Normalizers can turn a text that does not contain a token into one that does.
+    """
+    for id_ in Counter(ids) - Counter(expected):
+        if id_ in reserved:
+            raise UsageError(
+                f"the question is read as containing the reserved {reserved[id_] or id_!r}: leave "
+                "that out"
+            )
 
 
 def _load(path: Path) -> Tokenizer:

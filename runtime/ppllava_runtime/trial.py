@@ -7,7 +7,7 @@ model, or gets lost on the way to it, shows in the comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.errors import UnavailableError
-from ppllava_runtime.assistant import Assistant
+from ppllava_runtime.assistant import Assistant, Video
 from ppllava_runtime.decoders import Decoder, Sampling
 from ppllava_runtime.memory import Memory, thumbnails
 from ppllava_runtime.prompt import Prompt
@@ -114,7 +114,7 @@ def write_clip(path: Path, frames: NDArray[np.uint8]) -> Path:
                 frame.pts, frame.time_base = number, Fraction(1, _FPS)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-    except av.FFmpegError as error:
+    except (av.FFmpegError, ValueError) as error:  # the latter of a codec that is not there
         raise UnavailableError(
             f"this PyAV writes no {_CODEC} video: pip install av: {error}"
         ) from error
@@ -137,7 +137,29 @@ def watch(
     """
     video = assistant.watch(write_clip(path, frames), len(frames))
     shown = thumbnails(frames[np.array(video.info.indices) // _SHOWN])
+    return _ask(assistant, video, shown, question)
 
+
+def look(
+    assistant: Assistant, path: Path, picture: NDArray[np.uint8], question: str | Prompt
+) -> Seen:
+    """What the assistant makes of a picture (H,W,3) uint8, written to the file `path`.
+
+    Raises:
+        PPLLaVAError: See `Assistant.watch` and `Video.ask`.
+    """
+    from PIL import Image
+
+    Image.fromarray(picture).save(path)
+    return _ask(assistant, assistant.watch(path), thumbnails([picture]), question)
+
+
+def _ask(
+    assistant: Assistant,
+    video: Video,
+    shown: Sequence[NDArray[np.uint8]],
+    question: str | Prompt,
+) -> Seen:
     decoder = assistant.decoder
     witness = _Witness(decoder)
     assistant.decoder = witness
@@ -235,9 +257,3 @@ class _Witness:
         noting = _Noting(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
         self.prompt_embeds, self.logits = prompt_embeds, noting.logits
         return self._decoder.generate(prompt_embeds, max_new_tokens, noting)
-
-
-def rows_of(table: NDArray[Any], num_rows: int = 4096) -> Iterator[NDArray[Any]]:
-    """The rows of a table that may be larger than memory, some at a time."""
-    for start in range(0, len(table), num_rows):
-        yield table[start : start + num_rows]

@@ -79,10 +79,43 @@ def choose_window(
             raise UsageError(f"{name} is {_shown(values)}, expected three numbers of 1 or more")
     if window.kernel != _fitted(window.kernel, size):
         raise UsageError(
-            f"kernel {_shown(window.kernel)} does not fit into the {_shown(size)} tokens "
-            "(frames,rows,columns) that were seen: make it smaller or sample more frames"
+            f"kernel {_shown(window.kernel)} does not fit into the {_shown(size)} tokens (t,h,w) "
+            "that were seen: make it smaller"
         )
     return window
+
+
+def choose_pictures_window(
+    size: Axes,
+    default: Window,
+    kernel: Axes | None = None,
+    stride: Axes | None = None,
+    num_tokens: int | None = None,
+) -> Window:
+    """The window for several pictures, of which a budget gives each the same share.
+
+    Only a `kernel`, asked for or the model's own, that extends over T pools different pictures
+    together.
+
+    Args:
+        size: Tokens (T,h,w) of the pictures.
+        default: The model's own.
+        kernel: The extent of a window.
+        stride: Its step.
+        num_tokens: Instead of these, the most tokens of all pictures together.
+
+    Raises:
+        UsageError: See `choose_window`; or a budget that not even one token per picture keeps.
+    """
+    if num_tokens is None or kernel or stride or default.kernel[0] > 1:
+        return choose_window(size, default, kernel, stride, num_tokens)
+    count, *grid = size
+    if num_tokens < count:
+        raise UsageError(
+            f"the number of tokens is {num_tokens}, but these {count} pictures take {count} or more"
+        )
+    alone = Window((1, *default.kernel[1:]), (1, *default.stride[1:]))
+    return window_within(num_tokens // count, (1, grid[0], grid[1]), alone)
 
 
 def choose_tile_window(
@@ -93,34 +126,39 @@ def choose_tile_window(
     stride: Axes | None = None,
     num_tokens: int | None = None,
 ) -> Window:
-    """The window for each view of a picture in tiles; over the views, its extent and step are 1.
+    """The window for each view of a picture in tiles. It extends over one view and steps by one.
 
     Args:
         tiling: How the picture was cut.
         grid: Patches (h,w) of a view.
-        default: The model's own.
-        kernel: The extent of a window.
-        stride: Its step.
+        default: The model's own; over T it counts as 1.
+        kernel: The extent of a window; over T it must be 1.
+        stride: Its step; over T it counts as 1.
         num_tokens: Instead of these, the most tokens of all views and their newlines together.
 
     Raises:
-        UsageError: See `choose_window`; or a budget that not even one token per view keeps.
+        UsageError: See `choose_window`; or a budget that no window keeps.
     """
     size = (1, *grid)
     if num_tokens is None or kernel or stride:
         window = choose_window(size, default, kernel, stride, num_tokens)
         return Window((1, *window.kernel[1:]), (1, *window.stride[1:]))
+    # Not always of 1×1: what a larger output leaves of thin pictures may be nothing.
+    rows, columns = map(_outputs, grid)
+    fewest = min(product(rows, columns), key=lambda output: tiling.num_tokens(*output))
+    if num_tokens < tiling.num_tokens(*fewest):
+        raise UsageError(
+            f"the number of tokens is {num_tokens}, but this picture in {tiling.num_views} views "
+            f"takes {tiling.num_tokens(*fewest)} or more"
+        )
     per_view = math.prod(size)
     while per_view:
-        window = choose_window(size, default, num_tokens=min(per_view, num_tokens))
+        window = window_within(min(per_view, num_tokens), size, default)
         _, h, w = window.output(size)
         if tiling.num_tokens(h, w) <= num_tokens:
             return window
         per_view = h * w - 1
-    raise UsageError(
-        f"the number of tokens is {num_tokens}, but this picture in {tiling.num_views} views takes "
-        f"{tiling.num_tokens(1, 1)} or more"
-    )
+    return _covering((1, *fewest), size)
 
 
 def window_within(num_tokens: int, size: Axes, default: Window) -> Window:
@@ -154,7 +192,11 @@ def window_within(num_tokens: int, size: Axes, default: Window) -> Window:
         distance = sum(math.log(ratio) ** 2 for ratio in ratios)
         return (-round(distance, 9), math.prod(output), output)
 
-    output = max(choices, key=preference)
+    return _covering(max(choices, key=preference), size)
+
+
+def _covering(output: Axes, size: Axes) -> Window:
+    """The window that makes `output` of `size` tokens and leaves none of them out."""
     (kt, st), (kh, sh), (kw, sw) = (_span(i, o) for i, o in zip(size, output, strict=True))
     return Window((kt, kh, kw), (st, sh, sw))
 

@@ -66,6 +66,10 @@ MANIFEST_EDITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["model"].update(grid=[2, 2, 2]), "model.grid has 3 items, expected 2"),
     (lambda m: m["model"].update(grid=4), "model.grid is 4, expected a list"),
     (lambda m: m["model"]["kernel"].__setitem__(1, "x"), 'model.kernel[1] is "x", expected int'),
+    (lambda m: m["model"].update(image_grid_pinpoints=[[8, 12]]), "[8, 12], expected multiples of"),
+    (lambda m: m["model"].update(image_grid_pinpoints=[[0, 8]]), "[0, 8], expected multiples of"),
+    (lambda m: m["model"].update(image_grid_pinpoints=[[-8, 8]]), "[-8, 8], expected multiples"),
+    (lambda m: m["model"].update(image_size=0), "multiples of its image_size 0"),
     (lambda m: m.update(graphs=[]), "graphs is [], expected an object"),
     (
         lambda m: m["graphs"]["scale"]["inputs"][0]["shape"].__setitem__(0, 1.5),

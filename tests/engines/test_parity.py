@@ -17,7 +17,8 @@ from onnx import numpy_helper
 
 from ppllava_engines.bundle import Bundle, Precision
 from ppllava_engines.errors import DataError, InternalError
-from ppllava_engines.parity import SAMPLES, STAGES, Parity, Samples, Stage, replay
+from ppllava_engines.parity import STAGES, Parity, Stage, replay
+from ppllava_engines.samples import SAMPLES, Samples, prompt_embeds
 
 
 def tiny_samples(**changes: Any) -> Samples:
@@ -60,19 +61,48 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     np.savez(path, **arrays)
 
 
+def replace_content(path: Path, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for field in dataclasses.fields(Samples):
+            archive.writestr(f"{field.name}.npy", content)
+
+
 def replace_by_pickle(path: Path) -> None:
     stream = io.BytesIO()
     np.save(stream, np.array([{"a": 1}], object))
-    with zipfile.ZipFile(path, "w") as archive:
-        for field in dataclasses.fields(Samples):
-            archive.writestr(f"{field.name}.npy", stream.getvalue())
+    replace_content(path, stream.getvalue())
 
+
+def endless(path: Path) -> None:
+    """Writes headers of arrays that no memory holds."""
+    stream = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    replace_content(path, stream.getvalue())
+
+
+def marked(path: Path, place: int, value: int) -> None:
+    """Writes a number into the header of every entry of the archive, at `place` of its own."""
+    content = bytearray(path.read_bytes())
+    for signature, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        at = content.find(signature)
+        while at >= 0:
+            content[at + place + shift] = value
+            at = content.find(signature, at + 4)
+    path.write_bytes(content)
+
+
+FLAGS, COMPRESSION = 6, 8  # places in an entry's header
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing there": (lambda path: path.unlink(), "not the samples of an export"),
     "no archive": (lambda path: path.write_bytes(b"samples"), "not the samples of an export"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:600]), "not the samples"),
     "pickled": (replace_by_pickle, "allow_pickle=False"),
+    "no arrays": (lambda path: replace_content(path, b"keys"), r"frames is \|S4 of 0 axes"),
+    "endless": (endless, "Unable to allocate"),
+    "encrypted": (lambda path: marked(path, FLAGS, 1), "encrypted"),
+    "compressed": (lambda path: marked(path, COMPRESSION, 99), "compression method"),
     "less": (lambda path: rewritten(path, lambda arrays: arrays.pop("gain")), "'gain'"),
     "more": (lambda path: rewritten(path, lambda arrays: arrays.update(x=1)), "'x'"),
     "type": (
@@ -95,6 +125,20 @@ def test_what_are_no_samples_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=said) as caught:
         Samples.read(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [-1, 5])
+def test_ids_that_the_embedding_table_has_not_are_told(tmp_path: Path, token: int) -> None:
+    table = tmp_path / "embedding.npy"
+    np.save(table, np.arange(10, dtype=np.float32).reshape(5, 2))
+    pooled, ids = np.ones((1, 2)), np.array([4])
+    expected = [[[8, 9], [1, 1], [8, 9]]]
+    np.testing.assert_array_equal(prompt_embeds(table, 9, ids, pooled, ids), expected)
+    for prompt in ((ids, np.array([token])), (np.array([token]), ids)):
+        with pytest.raises(DataError, match=f"has 5 rows, .* prompt has ids .*{token}"):
+            prompt_embeds(table, 9, prompt[0], pooled, prompt[1])
+    with pytest.raises(DataError, match="rows of 2, .* pooled tokens are of 3"):
+        prompt_embeds(table, 9, ids, np.ones((1, 3)), ids)
 
 
 def test_a_stage_measures_errors_by_the_largest_magnitude_expected() -> None:

@@ -1,11 +1,10 @@
-"""Exports that are killed, or whose writes fail: the old bundle, the new one or none, never half."""
+"""Exports that are killed or whose writes fail leave the old bundle, the new one or none."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

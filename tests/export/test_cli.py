@@ -42,10 +42,10 @@ FAILURES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "truncated header": (truncate, 65, WEIGHTS),
     "wrong shape": (misshape, 65, f"{LINEAR} (2, 3) instead of (64, 32)"),
     "pooling": (lambda folder: edit_json(folder / "config.json", pooling="avp"), 78, "pooling"),
-    "btadapter": (
+    "missing branch": (
         lambda folder: edit_json(folder / "config.json", btadapter=True),
-        78,
-        "btadapter",
+        65,
+        "btadapter_cls_token (1, 1, 32)",
     ),
 }
 

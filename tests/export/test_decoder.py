@@ -57,7 +57,8 @@ def decoder(kind: str = "llama", head_dim: int = 16, **options: Any) -> Decoder:
             torch.nn.init.normal_(parameter, float("norm" in name), 0.2)
         else:
             torch.nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).train(False)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,8 @@ def run(session: ort.InferenceSession, spec: DecoderSpec, *parts: Array) -> NDAr
 
 
 def torch_logits(model: Decoder, embeds: Array) -> NDArray[np.float32]:
-    logits = model.float()(inputs_embeds=torch.from_numpy(embeds)).logits
+    wide = model.to(torch.float32)  # type: ignore[arg-type]
+    logits = wide(inputs_embeds=torch.from_numpy(embeds)).logits
     values: NDArray[np.float32] = logits[:, -1].numpy()
     return values
 
@@ -134,7 +136,7 @@ def test_floats_are_torchs_and_steps_are_the_prefill(
         steps = run(session, spec, embeds[:, :4], *np.split(embeds[:, 4:], 5, axis=1))
         assert error(steps, whole) <= limit
         table = np.load(tmp_path / spec.embedding, mmap_mode="r")
-        rows = model.get_input_embeddings().weight.to(dtype).numpy()
+        rows = model.get_parameter("model.embed_tokens.weight").to(dtype).numpy()
         np.testing.assert_array_equal(table, rows)
     assert (spec.num_kv_heads, spec.head_dim, spec.num_layers) == (2, head_dim, 2)
     assert (spec.vocab_size, spec.width, spec.max_positions) == (96, 64, 128)
@@ -311,8 +313,9 @@ def test_rounding(dtype: type) -> None:
     blocks = rng.standard_normal((4, 32, 50), dtype=np.float32)
     blocks[0, :, 0] = 0
     blocks[1, :, 0] = 1e-7  # below fp16's normal numbers
-    for bits in (8, 4):
-        integers, scales = quantize(blocks, bits, np.dtype(dtype))  # type: ignore[arg-type]
+    choices: tuple[Bits, ...] = (8, 4)
+    for bits in choices:
+        integers, scales = quantize(blocks, bits, np.dtype(dtype))
         assert (scales > 0).all()
         assert scales.dtype == dtype
         values = integers * scales[:, None].astype(np.float32)

@@ -26,7 +26,8 @@ from ppllava_engines.engine import open_engine
 from ppllava_engines.errors import IncompatibleError, InternalError, NotFoundError, UsageError
 from ppllava_engines.onnxruntime import open_session
 from ppllava_engines.parity import STAGES as PARITY_STAGES
-from ppllava_engines.parity import Parity, Samples, Stage
+from ppllava_engines.parity import Parity, Stage
+from ppllava_engines.samples import Samples
 from ppllava_export import STAGES, export, export_bundle
 from ppllava_export.checkpoint import Checkpoint, load_checkpoint
 from ppllava_export.graphs import export_text, export_vision

@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from broken_checkpoints import CANARY, Breaking, mutations
+import broken_configs as configs
+import broken_pickles as pickles
+import broken_weights as weights
+from broken_checkpoint import CANARY, Breaking
 from ppllava_engines.errors import run_command
 from ppllava_export.cli import main
 
 EXIT_DATA = 65
 SECONDS = 60  # far more than a refusal takes; waiting for a pipe would take for ever
-MUTATIONS = mutations()
+KINDS = (
+    weights.headers, weights.offsets, weights.values, weights.tensors, weights.shards,
+    weights.indices, pickles.pickles, pickles.archives, configs.configs, configs.texts,
+    configs.neighbours, configs.tokenizers, configs.not_files,
+)  # fmt: skip
+MUTATIONS = {f"{kind.__name__}: {name}": breaking for kind in KINDS for name, breaking in kind()}
 # One of each kind, through the real command.
 COMMANDS = (
     "headers: cut to 100 bytes",
@@ -55,6 +63,7 @@ def assert_refused(code: int, stderr: str, copy: Path, out: Path) -> None:
 
 def test_there_are_enough() -> None:
     assert len(MUTATIONS) >= 200
+    assert len(MUTATIONS) == sum(1 for kind in KINDS for _ in kind())  # each has its name
 
 
 @pytest.mark.usefixtures("alarm")

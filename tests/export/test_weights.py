@@ -147,7 +147,7 @@ def test_what_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DataError, match=re.escape("nan (nan), inf (inf), large (70000.0)")) as e:
         check_values(tensors, "here", 65504.0, lambda: released.append(1))
     assert "good" not in str(e.value)
-    assert len(released) > 3 * len(tensors)  # as it goes, not at the end
+    assert len(released) > len(tensors)  # as it goes, not at the end
 
 
 def resident(file: Path) -> int:

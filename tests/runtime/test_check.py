@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 import ppllava_runtime.assistant
 from ppllava_engines.bundle import MANIFEST, Bundle, DecoderSpec, ModelSpec, hash_files
 from ppllava_engines.errors import run_command
-from ppllava_engines.parity import SAMPLES, STAGES
+from ppllava_engines.parity import STAGES
+from ppllava_engines.samples import SAMPLES
 from ppllava_export import export_bundle
 from ppllava_runtime import trial
 from ppllava_runtime.check import Report, check_bundle, main
@@ -97,7 +98,8 @@ def test_a_sound_bundle(
     assert main([str(path), "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "verdict: sound"
-    assert [line.partition(":")[0] for line in lines[-4:-1]] == ["clip", "reversed", "blank"]
+    clips = [line.partition(":")[0] for line in lines[-5:-1]]
+    assert clips == ["clip", "reversed", "blank", "still"]
     report = check_bundle(path)
     assert {found.status for found in report.findings} == {"ok"}
     assert [found.name for found in report.findings] == [
@@ -111,7 +113,7 @@ def test_json_says_the_same(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     record = json.loads(line)
     assert record["verdict"] == "sound"
     assert [stage["name"] for stage in record["stages"]] == list(STAGES)
-    assert set(record["answers"]) == {"clip", "reversed", "blank"}
+    assert set(record["answers"]) == {"clip", "reversed", "blank", "still"}
 
 
 def test_a_bundle_without_tokenizers_is_asked_in_ids(checkpoint: Path, tmp_path: Path) -> None:
@@ -249,6 +251,27 @@ def test_a_tokenizer_of_a_larger_model(copy: Path) -> None:
 # What a replay cannot find: the graphs are right, and do not get what was filmed.
 
 
+def test_a_separator_of_a_pictures_rows_that_is_not_finite(copy: Path) -> None:
+    path = copy / "image_newline.npy"
+    np.save(path, np.full_like(np.load(path), np.nan))
+    report = check_bundle(rehash(copy))
+    assert detail(report, "finite").startswith("NaN or infinite in still: ")
+
+
+def test_a_clip_with_nothing_in_it_tells_nothing(bundle: Path, tmp_path: Path) -> None:
+    grey = np.full((24, 48, 64, 3), 128, np.uint8)
+    report = check_bundle(bundle, video=trial.write_clip(tmp_path / "grey.mkv", grey))
+    assert bad(report) == []
+    assert status(report, "clip or blank") == status(report, "clip or reversed") == "untold"
+
+
+def test_what_the_pooling_magnifies_is_no_measure_of_logits(copy: Path) -> None:
+    with np.load(copy / SAMPLES) as arrays:
+        samples = dict(arrays)
+    np.savez(copy / SAMPLES, **samples | {"gain": np.float32(1e9)})
+    assert check_bundle(rehash(copy)).verdict == "sound"
+
+
 def altered_reading(alter: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Any:
     def read(path: str | Path, num_frames: int, *span: float | None) -> Clip:
         clip = read_clip(path, num_frames, *span)
@@ -289,7 +312,9 @@ def test_a_runtime_that_loses(
 
 
 def test_a_window_over_all_frames_tells_nothing_of_their_order(copy: Path) -> None:
-    report = check_bundle(rehash(copy, max_frames=8, kernel=(8, 2, 2), stride=(8, 2, 2)))
+    report = check_bundle(
+        rehash(copy, max_frames=8, default_frames=8, kernel=(8, 2, 2), stride=(8, 2, 2))
+    )
     assert report.verdict == "sound"
     assert status(report, "clip or reversed") == "untold"
     assert "one window spans all 8 frames" in detail(report, "clip or reversed")
@@ -322,7 +347,8 @@ def test_damage_is_not_a_verdict(
     (copy / MANIFEST).write_text(text.replace('"schema_version": ', '"schema_version": 9'))
     assert run_command(main, [str(copy)]) == 78
     printed = capsys.readouterr()
-    assert printed.out == ""
+    said = printed.out.splitlines()
+    assert [line[:18] for line in said] == ["verdict: unsound: "] * 3
     assert [line[:7] for line in printed.err.splitlines()] == ["error: "] * 5
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ppllava_engines.errors import StorageError, UsageError
+from ppllava_engines.errors import StorageError, UnavailableError, UsageError
 from ppllava_runtime.heatmap import overlay, write_heatmap
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.video import read_clip
@@ -97,6 +97,43 @@ def test_pictures_keep_their_proportions(tmp_path: Path, name: str) -> None:
             row, height = np.asarray(sheet)[180, 12 + 420 + 12 :], 280
     bright = row.mean(axis=1) > 60  # as a cold white picture is, and nothing around it
     assert abs(bright.sum() - height * 2 / 3) <= 4
+
+
+@pytest.mark.parametrize("shape", [(1000, 1), (1, 1000)])
+@pytest.mark.parametrize("name", ["map.png", "map.mp4"])
+def test_a_line_is_drawn_in_a_box_of_sensible_size(
+    tmp_path: Path, name: str, shape: tuple[int, int]
+) -> None:
+    pictures = thumbnails([np.full((*shape, 3), 255, np.uint8)])
+    write_heatmap(tmp_path / name, pictures, [""], [RELEVANCE[0]], "Which?")
+    if name.endswith(".mp4"):
+        (page,) = read_clip(tmp_path / name, 1).frames
+    else:
+        with Image.open(tmp_path / name) as sheet:
+            page = np.asarray(sheet)
+    height, width, _ = page.shape
+    assert max(height, width) <= 3000
+    assert min(height, width) >= 100
+    # Between title and legend there is the line alone, in the middle.
+    box = page[40:-48].mean(axis=2) > 60
+    rows, columns = np.nonzero(box)
+    middle = (12 + 420 / 2 if name.endswith(".png") else width / 2) if shape[1] == 1 else None
+    if middle is not None:
+        assert np.abs(columns - middle).max() <= 4
+    else:
+        assert 0 < np.ptp(rows) <= 4
+
+
+def test_a_film_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppllava_runtime.heatmap._ENCODER", "none")
+    with pytest.raises(UnavailableError, match="this PyAV has no encoder none: give a name that"):
+        write(tmp_path / "map.mp4")
+    monkeypatch.setattr("ppllava_runtime.heatmap._ENCODER", "h263")  # takes five sizes only
+    with pytest.raises(StorageError, match=r"map\.mp4: cannot write it \(FFmpeg: "):
+        write(tmp_path / "map.mp4")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_thumbnails_are_small_and_keep_the_proportions() -> None:

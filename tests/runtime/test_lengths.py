@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ppllava_runtime import Assistant
+from ppllava_runtime.preprocess import pixel_values
 from ppllava_runtime.video import read_clip
 from tiny_checkpoint import write_checkpoint
 from tiny_videos import numbered_frames, read_number, write_video
@@ -57,6 +58,23 @@ def test_what_a_frame_tells_depends_on_the_others_where_they_are_coupled(
         one, other = (seen.memory.keys[seen.info.indices.index(index)] for seen in (many, few))
         same = np.allclose(one, other, atol=1e-5)
         assert same != assistant.model.frames_coupled
+
+
+def test_the_time_of_three_coupled_frames_is_not_taken_for_their_colours(
+    assistant: Assistant, clip: Path
+) -> None:
+    model = assistant.model
+    values = pixel_values(
+        read_clip(clip, 3).frames, model.image_size, model.image_mean, model.image_std
+    )
+    swapped = np.ascontiguousarray(values.swapaxes(0, 1))
+    as_given, as_times = (
+        assistant.vision.run({"pixel_values": each})["keys"] for each in (values, swapped)
+    )
+    expected, other = (as_times, as_given) if model.frames_coupled else (as_given, as_times)
+    keys = assistant.watch(clip, 3).memory.keys
+    np.testing.assert_allclose(keys, expected, atol=1e-5)
+    assert not np.allclose(keys, other, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

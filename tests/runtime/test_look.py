@@ -164,6 +164,14 @@ class TestPicture:
         ):
             picture.ask(QUESTION, num_tokens=6)
 
+    @pytest.mark.parametrize("asked", ["num_frames", "start", "end"])
+    def test_is_no_video_to_choose_frames_of(
+        self, assistant: Assistant, paths: list[Path], asked: str
+    ) -> None:
+        name = asked.removeprefix("num_")
+        with pytest.raises(UsageError, match=f"wide.png: {name}: of no meaning for a picture"):
+            assistant.watch(paths[0], **{asked: 1})  # type: ignore[arg-type]
+
     def test_shows_its_relevance_where_it_is(self, assistant: Assistant, paths: list[Path]) -> None:
         memory = assistant.watch(paths[1]).memory
         assert memory.tiling is not None
@@ -220,6 +228,20 @@ class TestPictures:
         np.testing.assert_array_equal(one.memory.keys, same.memory.keys)
         assert one.memory.kind == same.memory.kind == "image"
 
+    def test_share_a_budget_and_stay_apart(
+        self, assistant: Assistant, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = prompts_given(assistant, monkeypatch)
+        video = assistant.look(paths)
+        answer = video.ask(QUESTION, num_tokens=4, max_new_tokens=1)
+        assert answer.accounting.num_tokens_after == 3
+        tokens = pooled(assistant, squashed(paths), (1, 4, 4))["pooled"]
+        turn = "USER: " + "<image>\n" * 3
+        expected = embedded(assistant, f"{turn}{QUESTION} ASSISTANT: ", np.split(tokens, 3))
+        np.testing.assert_allclose(given[0], expected, atol=1e-5 * np.abs(expected).max())
+        with pytest.raises(UsageError, match="tokens is 2, but these 3 pictures take 3 or more"):
+            video.ask(QUESTION, num_tokens=2)
+
     def test_are_drawn_with_their_own_proportions(
         self, assistant: Assistant, paths: list[Path], tmp_path: Path
     ) -> None:
@@ -233,6 +255,9 @@ class TestPictures:
     def test_are_refused(self, assistant: Assistant, paths: list[Path], tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="there is no picture to look at"):
             assistant.look([])
+        for alone in (paths[0], str(paths[0])):
+            with pytest.raises(UsageError, match=r"look takes a list of paths, got '.*wide\.png'"):
+                assistant.look(alone)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="the number of pictures is 65, but checkpoint takes"):
             assistant.look(paths[:1] * 65)
         clip = write_video(tmp_path / "clip.mp4", numbered_frames(3))
@@ -335,6 +360,15 @@ class TestIds:
         text_ids = assistant.prompts.build(QUESTION).text_ids
         with pytest.raises(UsageError, match=rf"the prompt has {got}.*expected some from 0 to 383"):
             assistant.ask(Prompt(text_ids, ids))
+
+    def test_that_the_text_tower_does_not_know_are_refused(
+        self, assistant: Assistant, paths: list[Path]
+    ) -> None:
+        prompt = assistant.prompts.build(QUESTION)
+        text_ids = prompt.text_ids.copy()
+        text_ids[0, 1] = 10**6
+        with pytest.raises(UsageError, match="the prompt's text_ids go up to 1000000 and the text"):
+            assistant.watch(paths[0]).ask(Prompt(text_ids, prompt.ids))
 
 
 def test_a_newline_must_be_that_of_the_graphs(

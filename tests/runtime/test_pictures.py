@@ -71,6 +71,58 @@ def test_keeps_colours_of_other_modes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(frame, np.asarray(expected))
 
 
+@pytest.mark.parametrize(
+    ("name", "order"), [("a.png", "<u2"), ("little.tiff", "<u2"), ("big.tiff", ">u2")]
+)
+def test_of_16_bits_is_that_of_8(tmp_path: Path, name: str, order: str) -> None:
+    grey = np.asarray(PICTURES[5].convert("L"))
+    deep = (grey.astype(np.uint16) << 8 | 0x7F).astype(order)
+    Image.fromarray(deep).save(tmp_path / name, exif=turned())
+    Image.fromarray(grey).save(tmp_path / "8.png", exif=turned())
+    with Image.open(tmp_path / name) as image:
+        assert image.mode == ("I;16B" if order == ">u2" else "I;16")
+    frame, expected = (read_clip(tmp_path / file, 1).frames for file in (name, "8.png"))
+    assert np.ptp(expected) > 100
+    np.testing.assert_array_equal(frame, expected)
+
+
+def test_of_floats_goes_from_0_to_1(tmp_path: Path) -> None:
+    grey = np.asarray(PICTURES[5].convert("L"))
+    path = tmp_path / "f.tiff"
+    Image.fromarray(grey.astype(np.float32) / 255).save(path)
+    (frame,) = read_clip(path, 1).frames
+    np.testing.assert_array_equal(frame, np.repeat(grey[..., None], 3, 2))
+    for worst in (1.5, -0.1, np.nan):
+        values = np.full((4, 4), 0.5, np.float32)
+        values[1, 2] = worst
+        Image.fromarray(values).save(path)
+        with pytest.raises(DataError, match="greys are floats, expected from 0 to 1"):
+            read_clip(path, 1)
+
+
+def test_of_32_bits_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "i.tiff")
+    with pytest.raises(DataError, match="greys are integers of 32 bits: save it with 8 or 16"):
+        read_clip(tmp_path / "i.tiff", 1)
+
+
+def test_of_many_pixels_is_read_without_a_warning_and_of_too_many_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PICTURES[5].save(tmp_path / "a.png")
+    pixels = 96 * 64
+    # Warnings are errors in these tests.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels - 1)
+    assert read_clip(tmp_path / "a.png", 1).frames.shape == (1, 64, 96, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2 - 1)
+    with pytest.raises(DataError) as caught:
+        read_clip(tmp_path / "a.png", 1)
+    assert str(caught.value) == (
+        f"image {tmp_path / 'a.png'}: it has more than the {pixels - 2} pixels that are read: make "
+        "it smaller"
+    )
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "gif"])
 def test_that_moves_is_a_video(tmp_path: Path, name: str) -> None:
     path = animated(tmp_path / name, format="PNG" if name.endswith("png") else "GIF")

@@ -16,6 +16,7 @@ from ppllava_runtime.anyres import Tiling
 from ppllava_runtime.window import (
     Axes,
     Window,
+    choose_pictures_window,
     choose_tile_window,
     choose_window,
     video_window,
@@ -108,6 +109,58 @@ def test_a_budget_below_one_token_per_view_is_refused() -> None:
     )
 
 
+@given(
+    picture=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    grid=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+)
+def test_the_least_budget_that_is_named_for_a_picture_is_enough_and_none_below_is(
+    picture: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    tiling = Tiling.of(picture, [(24, 48), (48, 24), (48, 48)], 24)
+    with pytest.raises(UsageError) as caught:
+        choose_tile_window(tiling, grid, DEFAULT, num_tokens=0)
+    least = int(str(caught.value).split()[-3])
+    _, h, w = choose_tile_window(tiling, grid, DEFAULT, num_tokens=least).output((1, *grid))
+    assert tiling.num_tokens(h, w) == least
+    with pytest.raises(UsageError, match=f"takes {least} or more"):
+        choose_tile_window(tiling, grid, DEFAULT, num_tokens=least - 1)
+
+
+def test_a_thin_picture_takes_fewer_tokens_than_one_per_view() -> None:
+    tiling = Tiling.of((2, 400), [(24, 48)], 24)
+    assert tiling.num_tokens(1, 1) == 4
+    window = choose_tile_window(tiling, (4, 4), DEFAULT, num_tokens=2)
+    assert window.output((1, 4, 4)) == (1, 2, 1)  # of whose two rows unpadding leaves none
+
+
+def test_nothing_is_pooled_over_the_views_of_a_picture() -> None:
+    tiling = Tiling.of((48, 48), [(48, 48)], 24)
+    asked = choose_tile_window(tiling, (24, 24), DEFAULT, (1, 2, 2), (7, 2, 2))
+    assert asked == Window((1, 2, 2), (1, 2, 2))
+    assert choose_tile_window(tiling, (24, 24), DEFAULT) == Window((1, 3, 3), (1, 3, 3))
+    with pytest.raises(UsageError, match="kernel 2,2,2 does not fit into the 1,24,24 tokens"):
+        choose_tile_window(tiling, (24, 24), DEFAULT, (2, 2, 2))
+
+
+@given(count=st.integers(1, 32), budget=st.integers(0, 3000))
+def test_a_budget_is_shared_between_pictures_that_stay_apart(count: int, budget: int) -> None:
+    size, own = (count, 24, 24), Window((1, 3, 3), (1, 3, 3))
+    if budget < count:
+        with pytest.raises(UsageError, match=f"these {count} pictures take {count} or more"):
+            choose_pictures_window(size, own, num_tokens=budget)
+        return
+    window = choose_pictures_window(size, own, num_tokens=budget)
+    assert (window.kernel[0], window.stride[0]) == (1, 1)
+    assert window.output(size)[0] == count
+    assert window.num_tokens(size) <= budget
+    assert choose_pictures_window((1, 24, 24), own, num_tokens=budget // count) == window
+
+
+def test_a_budget_for_pictures_that_the_model_joins_is_that_of_a_video() -> None:
+    joined = choose_pictures_window(FULL, DEFAULT, num_tokens=64)
+    assert joined == window_within(64, FULL, DEFAULT)
+
+
 def test_kernel_and_stride_stand_for_each_other() -> None:
     assert choose_window(FULL, DEFAULT, kernel=(4, 4, 4)) == Window((4, 4, 4), (4, 4, 4))
     assert choose_window(FULL, DEFAULT, stride=(4, 4, 4)) == Window((4, 4, 4), (4, 4, 4))
@@ -125,8 +178,8 @@ def test_kernel_and_stride_stand_for_each_other() -> None:
             (33, 1, 1),
             None,
             None,
-            "kernel 33,1,1 does not fit into the 32,24,24 tokens (frames,rows,columns) that were "
-            "seen: make it smaller or sample more frames",
+            "kernel 33,1,1 does not fit into the 32,24,24 tokens (t,h,w) that were seen: make it "
+            "smaller",
         ),
     ],
 )

@@ -91,8 +91,8 @@ class BTAdapterTower(ClipVisionTower):
 
     def _begin(self, x: Tensor) -> Tensor:
         """Returns the branch's first input: positions once more, and times, upon the trunk's."""
-        positions = self.embeddings.position_embedding.weight
-        times = self.btadapter_time_embed.weight[: x.shape[0], None]
+        positions = self.embeddings.position_embedding.weight.to(x.dtype)
+        times = self.btadapter_time_embed.weight[: x.shape[0], None].to(x.dtype)
         class_token = (x[:, :1] + self.btadapter_cls_token + positions[:1]) / 2
         return torch.cat([class_token, x[:, 1:] + positions[1:] + times], dim=1)
 
@@ -106,9 +106,9 @@ def share_class_token(x: Tensor) -> Tensor:
 def as_the_reference_reads(pixel_values: Tensor) -> Tensor:
     """Returns frames (T, 3, S, S); of exactly three frames, with time and colour swapped.
 
-    The research code tells frames from colours by which axis is three long, and looks at time
-    first. That is how checkpoints were trained and how their outputs are reproduced. T is compared
-    in a tensor, for one traced graph serves every T.
+    The research code tells colours from frames by which axis is three long, and looks at time
+    first; its outputs for three frames are reproduced only so. T is compared in a tensor, because
+    one traced graph serves every T.
     """
     frames, colours, *sides = pixel_values.shape
     swapped = pixel_values.reshape(colours, frames, *sides).transpose(0, 1)

@@ -8,22 +8,27 @@ from torch import Tensor, nn
 from .config import TextConfig
 from .encoder import Encoder
 
-KEPT_POSITIONS = 20
-_LEGACY_EOS = 2
+KEPT_POSITIONS = 20  # as they are when a tower's context is extended
+LEGACY_EOS = 2  # stated by OpenAI's configs, where it stands for the highest id of the vocabulary
+
+
+def extended_positions(positions: int) -> int:
+    """Returns how many positions a text tower of `positions` has after its extension."""
+    return 4 * positions - 3 * KEPT_POSITIONS
 
 
 def extend_positions(table: Tensor) -> Tensor:
-    """Returns a position table of 4n - 3*20 rows for one of n rows (77 -> 248).
+    """Returns a position table of `extended_positions` for one of n rows (77 -> 248).
 
-    The first 20 rows stay, because short prompts have trained them well; three rows are
+    The first KEPT_POSITIONS rows stay, because short prompts have trained them well; three rows are
     interpolated between each later pair, and three extrapolated after the last
     (arXiv 2411.02327, CLIP context extension).
 
     Args:
-        table: Position embeddings (n, width), n > 20.
+        table: Position embeddings (n, width), n > KEPT_POSITIONS.
 
     Raises:
-        ValueError: The table has 20 rows or fewer.
+        ValueError: The table has KEPT_POSITIONS rows or fewer.
     """
     if table.shape[0] <= KEPT_POSITIONS:
         raise ValueError(f"got {table.shape[0]} positions, expected more than {KEPT_POSITIONS}")
@@ -58,7 +63,8 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Returns embeddings (batch, n, width) of ids (batch, n)."""
-        return self.token_embedding(input_ids) + self.positions()[: input_ids.shape[1]]
+        tokens = self.token_embedding(input_ids)
+        return tokens + self.positions()[: input_ids.shape[1]].to(tokens.dtype)
 
 
 class TextTower(nn.Module):
@@ -88,7 +94,7 @@ class ClipTextTower(TextTower):
             input_ids: Ids (batch, n), n at most the number of positions.
         """
         hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids), causal=True))
-        if self.eos_token_id == _LEGACY_EOS:  # OpenAI's configs: end-of-text is the highest id
+        if self.eos_token_id == LEGACY_EOS:
             at = input_ids.argmax(dim=-1)
         else:
             at = (input_ids == self.eos_token_id).to(torch.int32).argmax(dim=-1)

@@ -23,7 +23,8 @@ class ClipVisionEmbeddings(nn.Module):
         """Returns embeddings (T, 1 + L, C) of pixel_values (T, 3, S, S)."""
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        tokens = torch.cat([first, patches], dim=1)
+        return tokens + self.position_embedding.weight.to(tokens.dtype)
 
 
 class ClipVisionTower(nn.Module):
@@ -62,7 +63,7 @@ class SiglipVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Returns embeddings (T, L, C) of pixel_values (T, 3, S, S)."""
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        return patches + self.position_embedding.weight
+        return patches + self.position_embedding.weight.to(patches.dtype)
 
 
 class SiglipVisionTower(nn.Module):
