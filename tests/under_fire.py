@@ -37,12 +37,10 @@ WRITES = ("write", "writev", "pwrite64", "pwritev", "copy_file_range", "sendfile
 OPENINGS = ("openat", "mkdir", "mkdirat")
 REMOVALS = ("unlink", "unlinkat", "rmdir")
 MAPPINGS = ("mmap",)
-EXIT_STORAGE = 74
-TRIES = 5
+EXIT_STORAGE, TRIES = 74, 5
 LAYERS = 14  # of the decoder, so that an export makes more than 150 calls of WRITES
 _LINE = re.compile(r"(?P<thread>\d+) +(?P<name>\w+)\((?P<text>.*)")
 _LAST_NAME = re.compile(r".*/(?:\.model\.onnx\.data\.\w+|([^/<>\"]+))[>\"]")
-_STAGING = re.compile(r"\.partial-\w+")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Call:
     def file(self) -> str:
         """The file's name, the same in every export."""
         last = _LAST_NAME.match(self.text)
-        return _STAGING.sub(".partial", (last and last[1]) or "")
+        return re.sub(r"\.partial-\w+", ".partial", (last and last[1]) or "")
 
     def __str__(self) -> str:
         return f"{self.name} {self.number} ({self.file})"
@@ -126,9 +124,8 @@ def exporter(checkpoint: Path) -> Iterator[Exporter]:
         command = [sys.executable, __file__, "serve", str(checkpoint), str(address)]
         # One thread: a fork of a process with threads may hang.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True
-        ) as server:
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        with server:
             try:
                 assert server.stdout is not None
                 assert server.stdout.readline() == "ready\n"
@@ -258,8 +255,11 @@ class Range:
                 break
             # What libraries open is not always the same: the call may have another number now.
             calls = self.calls(over_old=shot.over_old, exchange=shot.exchange)
-            same = [c for c in calls if (c.name, c.file) == (shot.at.name, shot.at.file)]
-            nearest = min(same, key=lambda call, at=shot.at: abs(call.number - at.number))
+            _, _, nearest = min(
+                (abs(call.number - shot.at.number), call.number, call)
+                for call in calls
+                if (call.name, call.file) == (shot.at.name, shot.at.file)
+            )
             shot = replace(shot, at=nearest)
         state = self._state(out)
         left = [path.name for path in home.iterdir() if path != out]
@@ -388,8 +388,7 @@ def _sweep() -> bool:
     for (kind, fault, state), count in sorted(table.items()):
         print(f"{kind:10} {fault:7} {state:5} {count:5}")
     problems = [problem for outcome in outcomes for problem in outcome.problems]
-    distinct = len({(shot.at.name, shot.at.number) for shot in shots})
-    print(*problems, f"{len(shots)} shots at {distinct} calls, {len(problems)} problems", sep="\n")
+    print(*problems, f"{len(shots)} shots, {len(problems)} problems", sep="\n")
     return bool(problems)
 
 

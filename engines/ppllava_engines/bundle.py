@@ -167,8 +167,10 @@ def new_bundle(out: str | Path, overwrite: bool) -> Iterator[Path]:
     """A staging folder beside `out` that becomes the bundle `out` when the block ends well.
 
     The block fills the folder, the manifest included; it is opened as a bundle before it is put in
-    place, in one step. When the block fails, or the process is killed, `out` is what it was before;
-    what a killed process left is removed by the next one.
+    place, in one step. When the block fails, `out` is what it was before; when the process is
+    killed, it is that or the new bundle, and what is left beside it is removed by the next one.
+    Where the file system cannot swap two folders in one step, a killed process may leave none at
+    `out`: the next one puts the old bundle back.
 
     Args:
         out: Where the bundle goes.
@@ -176,7 +178,8 @@ def new_bundle(out: str | Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         DataError: What the block made is not a bundle.
-        StorageError: Writing failed.
+        StorageError: Writing failed, and `out` is what it was before; unless it says that the new
+            bundle is in place: then only the folder above it could not be synced to the disk.
         UsageError: `out` is there already, and is no bundle or `overwrite` is false.
     """
     with replaced_folder(Path(out), overwrite, MANIFEST, _KEYS) as staging:

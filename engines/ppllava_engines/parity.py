@@ -214,7 +214,7 @@ class Parity:
     """Every stage of one bundle, as measured on one backend.
 
     Attributes:
-        precision: The bundle's, for people.
+        precision: The bundle's, for people: of an int8 vision graph also how much of it is int8.
         backend: What the graphs ran on.
         stages: In the order of STAGES.
     """

@@ -33,7 +33,8 @@ def replaced_folder(out: Path, overwrite: bool, mark: str, keys: Iterable[str]) 
         keys: What that object has at least; a folder without is someone else's and stays.
 
     Raises:
-        StorageError: Making, syncing or moving a folder failed.
+        StorageError: Making, syncing or moving a folder failed. When only the last sync did, the
+            new folder is in place already, and the error says so.
         UsageError: `out` is there and may not be replaced.
     """
     out = out.resolve()
@@ -42,8 +43,9 @@ def replaced_folder(out: Path, overwrite: bool, mark: str, keys: Iterable[str]) 
         try:
             undo.callback(_remove_empty, [path for path in out.parents if not path.exists()])
             out.parent.mkdir(parents=True, exist_ok=True)
-            _clean(out)
+            _put_back(out, mark, keys)
             _check_replaceable(out, overwrite, mark, keys)
+            _clean(out, mark, keys)
             staging, lock = _new_staging(out)
             undo.callback(os.close, lock)
             # By then it is the unfinished folder, or the old one that was swapped out.
@@ -54,9 +56,15 @@ def replaced_folder(out: Path, overwrite: bool, mark: str, keys: Iterable[str]) 
         try:
             _sync(staging)
             _check_replaceable(out, overwrite, mark, keys)
-            _put_in_place(staging, out)
+            _put_in_place(staging, out, mark)
         except OSError as error:
             raise StorageError(f"{out}: cannot put the new folder in place: {error}") from error
+        try:
+            _sync_one(out.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{out}: the new folder is in place, but may not outlast a power failure: {error}"
+            ) from error
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -105,6 +113,17 @@ def _new_staging(out: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
+@contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
+    """Holds the lock of a folder, which goes along when the folder is moved."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _staging_prefix(out: Path) -> str:
     return f".{out.name}.partial-"
 
@@ -113,23 +132,37 @@ def _displaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.previous")
 
 
-def _clean(out: Path) -> None:
-    """Puts back or removes what a process that was killed left beside `out`."""
+def _put_back(out: Path, mark: str, keys: set[str]) -> None:
+    """Undoes the swap of a process that was killed between its two renames."""
     displaced = _displaced(out)
-    if displaced.exists():
-        if out.exists():
-            shutil.rmtree(displaced)
-        else:
+    if not out.exists() and _has_keys(displaced / mark, keys):
+        with suppress(FileNotFoundError, BlockingIOError), _locked(displaced, fcntl.LOCK_NB):
             displaced.rename(out)
+
+
+def _clean(out: Path, mark: str, keys: set[str]) -> None:
+    """Removes what a process that was killed left beside `out`, and nothing of anybody else."""
+    displaced = _displaced(out)
+    if _has_keys(displaced / mark, keys):
+        with suppress(FileNotFoundError, BlockingIOError), _locked(displaced, fcntl.LOCK_NB):
+            _remove(displaced, mark)
+    with suppress(OSError):  # it is not empty, which is to say not what `_remove` leaves
+        displaced.rmdir()
     prefix = _staging_prefix(out)
     for stale in [path for path in out.parent.iterdir() if path.name.startswith(prefix)]:
-        with suppress(FileNotFoundError, BlockingIOError):
-            lock = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stale)
-            finally:
-                os.close(lock)
+        with suppress(FileNotFoundError, BlockingIOError), _locked(stale, fcntl.LOCK_NB):
+            shutil.rmtree(stale)
+
+
+def _remove(folder: Path, mark: str) -> None:
+    """Removes a folder, its mark at last: whatever is left of it can be told by that."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != mark:
+            path.unlink()
+    (folder / mark).unlink()
+    folder.rmdir()
 
 
 def _sync(folder: Path) -> None:
@@ -139,22 +172,23 @@ def _sync(folder: Path) -> None:
             _sync_one(path)
 
 
-def _put_in_place(staging: Path, out: Path) -> None:
+def _put_in_place(staging: Path, out: Path, mark: str) -> None:
     """Moves `staging` to `out`; what was there is afterwards at `staging`, or gone."""
     if not out.exists() or not any(out.iterdir()):
         staging.rename(out)
     elif not _exchange(staging, out):
-        # This file system cannot swap two folders in one step: `_clean` mends it when the process
-        # is killed between these.
+        # This file system cannot swap two folders in one step: `_put_back` mends it when the
+        # process is killed between these, and leaves it alone as long as it is locked.
         displaced = _displaced(out)
-        out.rename(displaced)
-        try:
-            staging.rename(out)
-        except OSError:
-            displaced.rename(out)
-            raise
-        shutil.rmtree(displaced, ignore_errors=True)  # what stays is removed by the next one
-    _sync_one(out.parent)
+        with _locked(out):
+            out.rename(displaced)
+            try:
+                staging.rename(out)
+            except OSError:
+                displaced.rename(out)
+                raise
+            with suppress(OSError):  # what stays is removed by the next one
+                _remove(displaced, mark)
 
 
 def _exchange(first: Path, second: Path) -> bool:

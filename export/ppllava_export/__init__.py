@@ -56,10 +56,11 @@ def export_bundle(
         on_stage: Called with the name of each stage as it begins, in the order of `STAGES`.
 
     Raises:
-        DataError: Broken weights, config, tokenizer or video; every tensor concerned is named.
+        DataError: Broken weights, config, tokenizer or video, or one that the checkpoint misses;
+            every tensor concerned is named.
         IncompatibleError: A model variant that this release does not export.
         InternalError: A graph's outputs are further from torch than its tolerance.
-        NotFoundError: No checkpoint, or a file that it names is missing.
+        NotFoundError: No such folder, no config.json in it, or no such video or file of `clip`.
         StorageError: Writing failed.
         UnavailableError: A package is not installed; names the pip command.
         UsageError: `out` is there and may not be replaced, or options that do not go together.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from tokenizers import Tokenizer
 from ppllava_engines.errors import DataError
 
 from .sections import Section
+from .tokenizer_reading import reading
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _ADDED = "added_tokens.json"
 _SPECIAL = "special_tokens_map.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+_ID = re.compile(r"[0-9]{1,10}")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -62,7 +65,7 @@ class AddedTokens:
         for key in decoder.values:
             entry = decoder.section(key)
             token = entry.get("content")
-            if not isinstance(token, str) or not key.isdecimal():
+            if not isinstance(token, str) or not _ID.fullmatch(key):
                 raise decoder.wrong(key, decoder.get(key), "a token by its id")
             flags = {flag: entry.flag(flag) for flag in _FLAGS}
             tokens.state(token, int(key), decoder.where, entry.flag("special"), flags)
@@ -110,7 +113,8 @@ class AddedTokens:
         Raises:
             DataError: A token that has another id there, or an id that belongs to another token.
         """
-        value: dict[str, Any] = json.loads(tokenizer.to_str())
+        with reading(f"{source}: the tokenizer cannot be read"):
+            value: dict[str, Any] = json.loads(tokenizer.to_str())
         vocabulary = value["model"]["vocab"]
         own = isinstance(vocabulary, dict)  # pieces of a unigram model are a list instead
         added = {entry["content"]: entry for entry in value["added_tokens"]}
@@ -136,10 +140,8 @@ class AddedTokens:
         if own:
             vocabulary |= {token: entry["id"] for token, entry in added.items()}
         value["added_tokens"] = sorted(added.values(), key=lambda entry: int(entry["id"]))
-        try:
+        with reading(f"{source}: its added tokens cannot be placed"):
             placed = Tokenizer.from_str(json.dumps(value))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"{source}: its added tokens cannot be placed: {error}") from error
         for token, stated in self._stated.items():
             if (found := placed.token_to_id(token)) != stated.token_id:
                 raise DataError(f"{source}: {token} became {found}, expected {stated.token_id}")

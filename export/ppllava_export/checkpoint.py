@@ -15,6 +15,7 @@ from .config_files import CheckpointFiles, read_model_config
 from .modules.config import ModelConfig
 from .modules.model import PPLLaVA
 from .modules.unused import is_unused
+from .sections import is_normal
 from .weights import Weights, check_values, differences
 
 _LM_HEAD = "language_model.lm_head.weight"
@@ -106,12 +107,13 @@ def load_checkpoint(
 
     Raises:
         DataError: Missing, unexpected or misshapen tensors, all named at once; values that are
-            not finite; malformed files.
+            not finite; a logit scale or temperature that float32 does not hold; malformed files.
         IncompatibleError: A model variant that this release does not export.
         NotFoundError: No such folder, or no config.json in it.
     """
     folder = _existing(folder)
-    config, files = read_model_config(folder, lambda: Weights(folder).shapes)
+    shapes = None if clip else lambda: Weights(folder).shapes
+    config, files = read_model_config(folder, shapes)
     weights = Weights(folder)
     overlay: Mapping[str, Tensor] = {}
     if clip is not None:
@@ -125,12 +127,18 @@ def load_checkpoint(
     tensors = {name: checkpoint.tensor(name) for name in expected if name not in optional}
     tensors |= {name: weights[name] for name in optional if name in weights}
     check_values(tensors, f"checkpoint {folder}", limit, weights.release)
+    _check_sharpness(checkpoint)
     return checkpoint
 
 
 def _skeleton(config: ModelConfig) -> PPLLaVA:
-    with torch.device("meta"):
-        return PPLLaVA(config).requires_grad_(False).eval()
+    try:
+        with torch.device("meta"):
+            return PPLLaVA(config).requires_grad_(False).eval()
+    except RuntimeError as error:  # there is no memory that could be missing: torch cannot count it
+        raise DataError(
+            f"{config.name}: sizes beyond any tensor's in config.json: {error}"
+        ) from error
 
 
 def _optional(config: ModelConfig) -> set[str]:
@@ -140,7 +148,22 @@ def _optional(config: ModelConfig) -> set[str]:
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise NotFoundError(f"checkpoint {folder}: no such folder")
+    try:  # what reads weights and tokenizers takes no other paths, and the name is in the bundle
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"checkpoint {folder}: its path is not UTF-8, rename it") from error
     return folder
+
+
+def _check_sharpness(checkpoint: Checkpoint) -> None:
+    """Raises DataError for a relevance that float32 cannot weigh tokens by."""
+    scale, temperature = checkpoint.logit_scale(), checkpoint.config.temperature
+    if not is_normal(scale) or not is_normal(scale / temperature):
+        raise DataError(
+            f"checkpoint {checkpoint.files.folder}: {_LOGIT_SCALE} stands for a factor of "
+            f"{scale:g}, and {scale / temperature:g} over pooling_temp {temperature:g}, expected "
+            "both in float32's normal range"
+        )
 
 
 def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -157,6 +180,4 @@ def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
     wanted = {name: shape for name, shape in expected.items() if name not in absent}
     problems = differences(wanted, found)
     if problems:
-        raise DataError(
-            f"checkpoint {checkpoint.files.folder}: tensors are wrong, {problems}"
-        )
+        raise DataError(f"checkpoint {checkpoint.files.folder}: tensors are wrong, {problems}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 from ppllava_engines.errors import run_command
 
 from . import STAGES, export_bundle
+
+_M_MMAP_THRESHOLD = -3  # glibc's name for a parameter of malloc
+_MAPPED_BLOCK = 1 << 20
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +55,17 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> int:
     """Returns the exit code of the command with the process's arguments."""
+    _return_freed_memory()
     return run_command(main)
+
+
+def _return_freed_memory() -> None:
+    """Has memory go back to the system when it is freed, where the C library is glibc."""
+    # From itself it keeps freed blocks of up to 32 MiB, the size of many a tensor: after a model
+    # was gone through, that is some hundred megabytes.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BLOCK)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import Any
 from ppllava_engines.errors import DataError
 
 from .modules.config import Family
-from .modules.text import LEGACY_EOS, extended_positions
+from .modules.text import KEPT_POSITIONS, LEGACY_EOS
 from .sections import Section, is_file
 
 Shapes = Callable[[], Mapping[str, tuple[int, ...]]]
@@ -68,7 +68,9 @@ def clip_folder(config: Section, folder: Path) -> Path | None:
     return folder / name  # an absolute name stands for itself
 
 
-def clip_section(config: Section, clip: Path | None, family: Family, shapes: Shapes) -> Section:
+def clip_section(
+    config: Section, clip: Path | None, family: Family, shapes: Shapes | None
+) -> Section | None:
     """Returns the config of the CLIP or SigLIP model whose text tower the checkpoint holds.
 
     Args:
@@ -76,7 +78,7 @@ def clip_section(config: Section, clip: Path | None, family: Family, shapes: Sha
         clip: See `clip_folder`.
         family: What it must be a model of.
         shapes: Gives the tensors' shapes by name; called only when `clip` is neither a folder that
-            is there nor a known name.
+            is there nor a known name. Without it, None is returned then.
 
     Raises:
         DataError: The folder has no config.json or a malformed one, or the shapes do not tell.
@@ -88,10 +90,12 @@ def clip_section(config: Section, clip: Path | None, family: Family, shapes: Sha
             if (kind := section.get("model_type", family)) != family:
                 raise section.wrong("model_type", kind, f"{family!r}, as the checkpoint's towers")
             return section
-        if preset is None:
+        if preset is None and shapes is not None:
             raise DataError(f"{clip}: has no config.json: put {family}'s config.json there")
     if clip is not None and preset is not None:
         return Section(preset, clip.name)
+    if shapes is None:
+        return None
     remedy = f"put {family}'s config.json into {clip or 'a folder and name it by clip_weight'}"
     return Section(_from_shapes(shapes(), family, config.where, remedy), "tensor shapes")
 
@@ -128,7 +132,8 @@ def _from_shapes(
         "intermediate_size": intermediate,
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
-        "max_position_embeddings": (rows + 60) // 4 if extended else rows,
+        # What `extended_positions` makes of it is as many rows again.
+        "max_position_embeddings": (rows + 3 * KEPT_POSITIONS) // 4 if extended else rows,
     }
     if not siglip:
         text |= {"bos_token_id": vocab_size - 2, "eos_token_id": LEGACY_EOS}

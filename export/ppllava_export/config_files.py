@@ -10,7 +10,7 @@ from typing import Any
 from ppllava_engines.bundle import Pooling
 from ppllava_engines.errors import DataError, IncompatibleError
 
-from .clip_weight import LEGACY_EOS, Shapes, clip_folder, clip_section
+from .clip_weight import Shapes, clip_folder, clip_section
 from .config_defaults import FAMILIES, KINDS, MAX_LAYERS, KindDefaults
 from .decoder_config import read_decoder_config, read_eos_token_ids
 from .modules.config import (
@@ -23,6 +23,7 @@ from .modules.config import (
     Window,
 )
 from .modules.encoder import ACTIVATIONS
+from .modules.text import KEPT_POSITIONS, LEGACY_EOS, extended_positions
 from .sections import Section, shown
 
 _PUBLISHED_FRAMES = 32
@@ -30,9 +31,9 @@ _PUBLISHED_FRAMES = 32
 _DEFAULT_DEPTH, _DEFAULT_MAX_T = 4, 128
 # A still is enlarged to all of them at once; 36 are the most that is published.
 _MOST_TILES, _MOST_PINPOINTS = 64, 512
-# An extended table keeps twenty positions and interpolates the rest, so there must be more. A
-# causal tower is traced with four tokens.
-_LEAST_EXTENDED, _LEAST_CAUSAL = 21, 4
+# An extended table keeps some positions and interpolates the rest, so there must be more. A causal
+# tower is traced with four tokens.
+_LEAST_EXTENDED, _LEAST_CAUSAL = KEPT_POSITIONS + 1, 4
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ class CheckpointFiles:
     num_frames: int
 
 
-def read_model_config(folder: Path, shapes: Shapes) -> tuple[ModelConfig, CheckpointFiles]:
+def read_model_config(folder: Path, shapes: Shapes | None) -> tuple[ModelConfig, CheckpointFiles]:
     """Returns what the checkpoint in `folder` says of its model, and where its parts are.
 
     Args:
         folder: Holds config.json and maybe generation_config.json, preprocessor_config.json.
         shapes: Gives the tensors' shapes by name; called only when `clip_weight` names neither a
-            folder that is there nor a known tower.
+            folder that is there nor a known tower. None when another text tower takes the place of
+            the checkpoint's: then nothing needs to tell its sizes, and the config's mean nothing.
 
     Raises:
         DataError: Malformed JSON, a field that is missing or not what it must be, `auto_map`, or a
@@ -72,8 +74,11 @@ def read_model_config(folder: Path, shapes: Shapes) -> tuple[ModelConfig, Checkp
     _refuse_unsupported(config, kind, family)
     clip = clip_folder(config, folder)
     clip_config = clip_section(config, clip, family, shapes)
-    _refuse_code(clip_config)
     vision = _vision_config(config, kind, family)
+    if clip_config is None:
+        sizes = {"projection_size": vision.encoder.hidden_size}
+        clip_config = Section({"text_config": sizes}, "a text tower to be replaced")
+    _refuse_code(clip_config)
     text, projection_dim = _text_config(config, clip_config, family, vision)
     decoder = read_decoder_config(config.section("text_config"), kind.decoder)
     preprocessor = Section.read_optional(folder / "preprocessor_config.json")
@@ -272,7 +277,7 @@ def _text_config(
     text = TextConfig(
         encoder=_encoder(section, defaults, family),
         vocab_size=vocab_size,
-        positions=4 * positions - 60 if extended else positions,
+        positions=extended_positions(positions) if extended else positions,
         extended=extended,
         bos_token_id=bos,
         eos_token_id=eos,

@@ -24,7 +24,7 @@ from ppllava_engines.errors import IncompatibleError
 
 from .decoder_quantization import Bits, Quantization
 from .decoder_weights import Matrix
-from .modules.config import ModelConfig
+from .precision import edge
 
 GRAPH = "decoder/model.onnx"
 EMBEDDING = "decoder/embedding.npy"
@@ -175,7 +175,7 @@ class _Builder(GenaiModel):  # type: ignore[misc]  # the builder has no types
 
 def export_decoder(
     language_model: LlamaForCausalLM | Qwen2ForCausalLM,
-    config: ModelConfig,
+    eos_token_ids: tuple[int, ...],
     dtype: torch.dtype,
     folder: Path,
     *,
@@ -190,7 +190,7 @@ def export_decoder(
 
     Args:
         language_model: Weights in any float type, mapped from the checkpoint.
-        config: The checkpoint's.
+        eos_token_ids: Any of them ends an answer.
         dtype: Type of the graph's floats; its norms and its softmax compute in fp32 inside.
         folder: The bundle.
         quantization: Of the linears' weights; None leaves them floats. A linear whose inputs no
@@ -209,8 +209,7 @@ def export_decoder(
     except (NotImplementedError, KeyError) as error:
         raise IncompatibleError(f"decoder: no graph can be made of it: {error}") from error
     builder.save_model(str((folder / GRAPH).parent))
-    edge = torch.float32 if dtype == torch.bfloat16 else dtype
-    edge_name = str(edge).removeprefix("torch.")
+    edge_name = str(edge(dtype)).removeprefix("torch.")
     table = language_model.get_parameter("model.embed_tokens.weight")
     _write_table(table, folder / EMBEDDING, np.dtype(edge_name), release)
     return DecoderSpec(
@@ -223,7 +222,7 @@ def export_decoder(
         head_dim=builder.head_size,
         max_positions=builder.context_length,
         dtype=edge_name,
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
     )
 
 

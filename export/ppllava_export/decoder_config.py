@@ -69,7 +69,7 @@ def read_decoder_config(section: Section, kind: str) -> dict[str, Any]:
     for key in _SIZES:
         sizes.integer(key)
     sizes.integer("num_hidden_layers", most=MAX_LAYERS)
-    sizes.number("rms_norm_eps", 0)
+    sizes.number("rms_norm_eps", 1e-6)
     positions = sizes.integer("max_position_embeddings")
     if positions > _MOST_POSITIONS:
         expected = f"at most {_MOST_POSITIONS}, as the graph holds the angles of every position"
@@ -79,8 +79,9 @@ def read_decoder_config(section: Section, kind: str) -> dict[str, Any]:
         raise sizes.wrong("num_key_value_heads", groups, f"a divisor of {heads}")
     if decoder.get(_HEAD_DIM) is None and decoder["hidden_size"] % heads:
         raise sizes.wrong("hidden_size", decoder["hidden_size"], f"a multiple of {heads}")
-    if sizes.integer(_HEAD_DIM, decoder["hidden_size"] // heads) % 2:
-        raise sizes.wrong(_HEAD_DIM, decoder.get(_HEAD_DIM), "even, as channels turn in pairs")
+    head_dim = sizes.integer(_HEAD_DIM, decoder["hidden_size"] // heads)
+    if head_dim % 2:
+        raise sizes.wrong(_HEAD_DIM, head_dim, "even, as channels turn in pairs")
     try:  # one layer, without memory: says what no field alone does, such as an unknown rope_type
         with torch.device("meta"):
             language_model({**decoder, "num_hidden_layers": 1})
@@ -118,25 +119,26 @@ def _rotation(section: Section) -> dict[str, Any]:
     """Returns the fields that say how positions turn channels, as far as they are given.
 
     Raises:
-        DataError: One is not of its type, or both names of the same thing are there.
+        DataError: One is not of its type.
         IncompatibleError: A rotation of some channels only, or one with fields not known here.
     """
-    given = [key for key in _ROTATIONS if section.section(key).values]
-    if len(given) > 1:
-        raise section.wrong(given[1], section.get(given[1]), f"absent beside {given[0]}")
-    fields = {key: section.section(key).values for key in given}
-    for rotation in (section, *(section.section(key) for key in given)):
-        for key in ("rope_theta", "factor"):
-            rotation.number(key, 1.0)
+    rotations = {key: section.section(key) for key in _ROTATIONS if section.section(key).values}
+    for rotation in (section, *rotations.values()):
+        rotation.number("rope_theta", 1.0)
         if (share := rotation.number("partial_rotary_factor", 1.0)) != 1:
             raise IncompatibleError(
                 f"{rotation.where}: partial_rotary_factor is {share:g} and only 1 is supported"
             )
-    unknown = [key for values in fields.values() for key in values if key not in _ROTATION]
-    if unknown:
-        raise IncompatibleError(
-            f"{section.where}: {given[0]} has {shown(unknown[0])}, which is not known here"
-        )
+    fields: dict[str, Any] = {}
+    for name, rotation in rotations.items():
+        rotation.number("factor", 1.0)
+        fields[name] = rotation.values
+        unknown = [key for key in rotation.values if key not in _ROTATION]
+        if unknown:
+            raise IncompatibleError(
+                f"{rotation.where}: {shown(unknown[0])} is not known here, expected a rotation by "
+                f"{', '.join(_ROTATION)}"
+            )
     if (theta := section.get("rope_theta")) is not None:
         fields["rope_theta"] = theta
     return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -108,17 +108,16 @@ def export(order: Order, out: Path, overwrite: bool, on_stage: Callable[[str], N
         with stage("pool graph"):
             graphs["pool"] = export_pool(checkpoint, dtype, staging)
             newline = export_newline(checkpoint, dtype, staging)
+        tokenizer = tokenizers.decoder if tokenizers else None
         with stage("decoder"):
             decoder = export_decoder(
                 checkpoint.model().language_model,
-                checkpoint.config,
+                end_token_ids(tokenizer, checkpoint.config),
                 dtype,
                 staging,
                 quantization=None if quantization == "float" else quantization,
                 release=checkpoint.weights.release,
             )
-        tokenizer = tokenizers.decoder if tokenizers else None
-        decoder = replace(decoder, eos_token_ids=end_token_ids(tokenizer, checkpoint.config))
         model = _model_spec(checkpoint, tokenizer)
         with stage("parity"):
             samples = make_samples(checkpoint, graphs, decoder, staging)

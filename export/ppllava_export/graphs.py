@@ -82,6 +82,9 @@ def export_vision(
         folder: The bundle.
         seen: What the linear layers that compute in int8 are fed, see `vision_int8`; None leaves
             all of them floats.
+
+    Raises:
+        DataError: None of the layers in `seen` can compute in int8.
     """
     side, frames = checkpoint.config.vision.image_size, checkpoint.config.max_frames
     graph = _trace(

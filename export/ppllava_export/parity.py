@@ -27,6 +27,7 @@ from .modules.config import ModelConfig, TextConfig, Window
 from .modules.model import PPLLaVA
 from .modules.pooling import token_weights
 from .precision import widen
+from .vision_int8 import count_layers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -102,16 +103,20 @@ def measure(
     same rounded weights.
     """
     parts: dict[str, Any] = {"model": model, "precision": precision}
+    told = str(precision)
+    if precision.vision != "float":
+        rounded, layers = count_layers(folder / graphs["vision"].path)
+        told += f" ({rounded} of {layers} vision layers are {precision.vision})"
     if precision.dtype != "bf16":
         stages = replay(folder, samples, graphs=graphs, decoder=decoder, lean=True, **parts)
-        return Parity(str(precision), _BACKEND, tuple(stages))
+        return Parity(told, _BACKEND, tuple(stages))
     with TemporaryDirectory(dir=folder) as name:
         wide = Path(name)
         for path in (*(graph.path for graph in graphs.values()), decoder.path):
             widen(folder / path, wide / path)
         (wide / decoder.embedding).symlink_to(folder.resolve() / decoder.embedding)
         stages = replay(wide, samples, graphs=graphs, decoder=decoder, lean=True, **parts)
-        return Parity(str(precision), f"{_BACKEND}, widened to fp32", tuple(stages))
+        return Parity(told, f"{_BACKEND}, widened to fp32", tuple(stages))
 
 
 def _inputs(config: ModelConfig) -> dict[str, Array]:

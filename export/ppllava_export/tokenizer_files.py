@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import LlamaTokenizer, Qwen2Tokenizer
 
-from ppllava_engines.errors import DataError, NotFoundError
+from ppllava_engines.errors import DataError
 
 from .added_tokens import TOKENIZER_CONFIG, AddedTokens
 from .config_files import CheckpointFiles
@@ -17,11 +17,12 @@ from .sections import Section, is_file
 from .text_tokenizer import (
     SKIP,
     TOKENIZER,
-    check_size,
+    check_tokenizer,
     load_tokenizer,
     read_text_tokenizer,
     require_sentencepiece,
 )
+from .tokenizer_reading import reading
 
 _IMAGE_TOKEN, _IMAGE_INDEX = "<image>", "image_token_index"
 _CHATML = "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -57,12 +58,12 @@ def read_tokenizers(config: ModelConfig, files: CheckpointFiles) -> Tokenizers:
     and `<image>` at the id that config.json states. For the text tower's see `text_tokenizer`.
 
     Raises:
-        DataError: A file that is malformed, or that has ids the model has not.
-        NotFoundError: One is missing; the message names --skip-tokenizer.
+        DataError: A file that is malformed, or that has ids the model has not; or one is missing,
+            which names --skip-tokenizer.
         UnavailableError: One needs a package that is not installed; names the pip command.
     """
     decoder = _read_decoder(config, files.folder)
-    check_size(decoder, config.decoder["vocab_size"], files.folder)
+    check_tokenizer(decoder, config.decoder["vocab_size"], files.folder)
     end_token_ids(decoder, config)
     return Tokenizers(decoder, read_text_tokenizer(config, files.clip))
 
@@ -113,7 +114,7 @@ def _build_decoder(kind: str, folder: Path) -> Tokenizer:
     """Returns the tokenizer that transformers makes of the files of this kind of decoder."""
     sources = [folder / name for name in _SOURCES[kind]]
     if not all(is_file(source) for source in sources):
-        raise NotFoundError(
+        raise DataError(
             f"{folder}: no tokenizer of the decoder, neither {TOKENIZER} nor "
             f"{' and '.join(_SOURCES[kind])}: add it, or {SKIP}"
         )
@@ -121,12 +122,10 @@ def _build_decoder(kind: str, folder: Path) -> Tokenizer:
         require_sentencepiece(sources[0])
     # Llama begins a prompt with its own token unless the checkpoint says that it does not.
     begin = Section.read_optional(folder / TOKENIZER_CONFIG).flag("add_bos_token", default=True)
-    try:
+    with reading(f"{folder}: the tokenizer cannot be read"):
         if kind == "qwen2":
             vocabulary, merges = map(str, sources)
             return Qwen2Tokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
         return LlamaTokenizer.from_pretrained(
             folder, local_files_only=True, add_bos_token=begin
         ).backend_tokenizer
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{folder}: the tokenizer cannot be read: {error}") from error

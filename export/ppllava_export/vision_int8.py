@@ -17,12 +17,13 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ppllava_engines.errors import InternalError
+from ppllava_engines.errors import DataError, InternalError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -58,8 +59,8 @@ class Channels:
 def quantize_vision(model: ir.Model, seen: Mapping[str, Channels]) -> None:
     """Makes the linear layers that `seen` names compute from int8, in place; returns nothing.
 
-    Layers whose input would lose too much stay as they are. Weights stay on disk: each is read here
-    for its steps, and once more when the graph is saved.
+    Layers whose input would lose too much stay as they are, see `count_layers`. Weights stay on
+    disk: each is read here for its steps, and once more when the graph is saved.
 
     Args:
         model: A traced graph whose nodes still carry the tracer's scopes, and whose linear layers
@@ -67,6 +68,7 @@ def quantize_vision(model: ir.Model, seen: Mapping[str, Channels]) -> None:
         seen: By module name, from `calibration.calibrate`.
 
     Raises:
+        DataError: Every layer stays as it is.
         InternalError: Layers that the graph does not have; all are named.
     """
     found = dict(_linears(model.graph))
@@ -81,12 +83,29 @@ def quantize_vision(model: ir.Model, seen: Mapping[str, Channels]) -> None:
         x = found[name].inputs[0]
         assert x is not None
         layers[x].append(name)
-    for x, names in layers.items():  # query, key and value share theirs
-        nodes = [found[name] for name in names]
-        _quantize(model.graph, x, nodes, seen[names[0]])
+    changed = [
+        _quantize(model.graph, x, [found[name] for name in names], seen[names[0]])
+        for x, names in layers.items()  # query, key and value share theirs
+    ]
+    if not any(changed):
+        raise DataError(
+            f"vision int8: none of {len(seen)} layers can be rounded, what the calibration videos "
+            f"feed each of them is within {_LEAST_SIGNAL:g} dB of the rounding: calibrate on other "
+            "videos, or leave the vision graph float"
+        )
     for name, value in list(model.graph.initializers.items()):
         if not value.uses():
             del model.graph.initializers[name]
+
+
+def count_layers(path: Path) -> tuple[int, int]:
+    """Returns how many linear layers of a saved vision graph compute from int8, and of how many."""
+    graph = ir.load(path).graph
+    weights = [node.inputs[1] for node in graph if node.op_type == "MatMul" and not node.domain]
+    makers = [weight.producer() for weight in weights if weight is not None]
+    rounded = sum(1 for maker in makers if maker and maker.op_type == "DequantizeLinear")
+    floats = sum(1 for weight in weights if weight is not None and weight.is_initializer())
+    return rounded, rounded + floats
 
 
 def _linears(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
@@ -99,8 +118,11 @@ def _linears(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
                 yield str(scopes[-2]), node
 
 
-def _quantize(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node], seen: Channels) -> None:
-    """Makes the products of `x` with weights compute from int8, unless that loses too much."""
+def _quantize(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node], seen: Channels) -> bool:
+    """Returns whether it made the products of `x` with weights compute from int8.
+
+    It does not where that loses too much.
+    """
     weights = [_constant(node.inputs[1]) for node in nodes]
     largest = np.max([np.abs(_float32(weight)).max(axis=1) for weight in weights], axis=0)
     factors = _factors(seen.peaks, largest)
@@ -108,13 +130,14 @@ def _quantize(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node], seen: Chan
     noise = step**2 / 12
     signal = float((seen.powers / factors**2).mean())
     if signal < noise * 10 ** (_LEAST_SIGNAL / 10):
-        return
+        return False
     divided = _divided(graph, x, nodes, factors)
     for node, weight in zip(nodes, weights, strict=True):
         # A pair for each layer: ONNX Runtime leaves products as they are whose quantized input has
         # more than one reader.
         node.replace_input_with(0, _rounded(graph, node, divided, step))
         node.replace_input_with(1, _stored(graph, node, weight, factors))
+    return True
 
 
 def _factors(peaks: Array, largest: Array) -> Array:

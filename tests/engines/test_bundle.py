@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppllava_engines import bundle as bundle_module
+from ppllava_engines import manifest as manifest_module
 from ppllava_engines.bundle import MANIFEST, SCHEMA_VERSION, Bundle, FileSpec, Manifest, hash_files
 from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError
 from tiny_bundle import tiny_manifest, write_bundle
@@ -114,8 +117,42 @@ def test_a_manifest_that_is_no_object_is_refused(tiny: Path, text: str, said: st
     assert said in str(caught.value)
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """What is in a manifest, as the export would have written it."""
+    value = {key: item for key, item in value.items() if key != manifest_module._SEAL}
+    return {manifest_module._SEAL: manifest_module._hash_of(value), **value}
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "special id": lambda m: m["model"].update(text_eos_token_id=2),
+    "image token": lambda m: m["model"].update(image_token_index=4),
+    "template": lambda m: m["model"].update(chat_template="<image>\n{question}"),
+    "end of answers": lambda m: m["decoder"].update(eos_token_ids=[3]),
+    "no end of answers": lambda m: m["decoder"]["eos_token_ids"].clear(),
+    "hash of a file": lambda m: m["files"]["samples.npz"].update(sha256="0" * 64),
+    "seal": lambda m: m.update({manifest_module._SEAL: "0" * 64}),
+    "no seal": lambda m: m.pop(manifest_module._SEAL),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_that_was_changed_is_refused(tiny: Path, name: str) -> None:
+    edit(tiny, CHANGES[name])
+    with pytest.raises(DataError, match="was changed since the export"):
+        Bundle.open(tiny)
+
+
+def test_a_manifest_may_be_laid_out_anew(tiny: Path) -> None:
+    expected = Bundle.open(tiny).manifest
+    value = json.loads((tiny / MANIFEST).read_text())
+    (tiny / MANIFEST).write_text(json.dumps(dict(reversed(value.items())), indent=7))
+    assert Bundle.open(tiny).manifest == expected
+
+
 def test_an_int_passes_for_a_float(tiny: Path) -> None:
-    edit(tiny, lambda m: m["model"].update(temperature=1))
+    manifest = tiny_manifest(tiny)
+    changed = replace(manifest, model=replace(manifest.model, temperature=1))
+    (tiny / MANIFEST).write_text(changed.to_json())
     temperature = Bundle.open(tiny).manifest.model.temperature
     assert (temperature, type(temperature)) == (1.0, float)
 
@@ -154,7 +191,7 @@ def test_no_manifest_fails_in_any_other_way(original: Path, data: st.DataObject)
         holder = holder[key]
     holder[last] = data.draw(anything)
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(sealed(value), allow_nan=False)
     except ValueError:  # an infinity, which JSON has not
         return
     try:
@@ -246,3 +283,30 @@ def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
         Bundle.open(tmp_path)
+
+
+def test_a_manifest_that_is_no_file_is_not_waited_for(tiny: Path) -> None:
+    (tiny / MANIFEST).unlink()
+    os.mkfifo(tiny / MANIFEST)
+    with pytest.raises(DataError, match=r"manifest\.json: not a file"):
+        Bundle.open(tiny)
+    (tiny / MANIFEST).unlink()
+    (tiny / MANIFEST).mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json: not a file"):
+        Bundle.open(tiny)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(tiny: Path) -> None:
+    os.truncate(tiny / MANIFEST, 3 << 30)  # it takes no room
+    with pytest.raises(DataError, match="3221225472 bytes, expected at most 67108864 of JSON"):
+        Bundle.open(tiny)
+
+
+def test_values_that_nest_too_deep_to_be_shown_are_refused(tiny: Path) -> None:
+    before = (tiny / MANIFEST).read_text()
+    assert before.count('"shape": [') > 0
+    for depth in range(900, 1000):  # some of these are read, but take more to be written
+        nested = "[" * depth + "]" * depth
+        (tiny / MANIFEST).write_text(before.replace('"shape": [', f'"shape": [{nested}, ', 1))
+        with pytest.raises(DataError, match=r"manifest\.json"):
+            Bundle.open(tiny)

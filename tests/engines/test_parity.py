@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -137,7 +138,7 @@ def test_ids_that_the_embedding_table_has_not_are_told(tmp_path: Path, token: in
     for prompt in ((ids, np.array([token])), (np.array([token]), ids)):
         with pytest.raises(DataError, match=f"has 5 rows, .* prompt has ids .*{token}"):
             prompt_embeds(table, 9, prompt[0], pooled, prompt[1])
-    with pytest.raises(DataError, match="rows of 2, .* pooled tokens are of 3"):
+    with pytest.raises(DataError, match=r"rows of 2, .* pooled tokens are of 3"):
         prompt_embeds(table, 9, ids, np.ones((1, 3)), ids)
 
 
@@ -242,3 +243,13 @@ def test_a_weight_that_changed_shows_in_its_own_stage(bundle: Path, tmp_path: Pa
         precision=manifest.precision,
     )
     assert [stage.name for stage in stages if not stage.passed] == ["pooled"]
+
+
+def test_a_report_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "parity.json")
+    with pytest.raises(DataError, match=r"parity\.json: not a file"):
+        Parity.read(tmp_path)
+    (tmp_path / "parity.json").unlink()
+    (tmp_path / "parity.json").mkdir()
+    with pytest.raises(DataError, match=r"parity\.json: not a file"):
+        Parity.read(tmp_path)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -249,6 +249,83 @@ def test_what_a_finished_swap_left_is_removed(out: Path) -> None:
     make(out.with_name(".bundle.previous"), "old")
     make(out, "newer", overwrite=True)
     assert mark(out) == "newer"
+    assert beside(out) == ["bundle"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_of_anybody_else_beside_it_stays(out: Path, there: bool, overwrite: bool) -> None:
+    previous = out.with_name(".bundle.previous")
+    previous.mkdir(parents=True)
+    (previous / "mine.txt").write_text("mine")
+    (previous / MANIFEST).write_text('{"name": "extension"}')
+    if there:
+        make(out, "old")
+    with suppress(UsageError):
+        make(out, "new", overwrite)
+    assert mark(out) == ("old" if there and not overwrite else "new")
+    assert (previous / "mine.txt").read_text() == "mine"
+
+
+def test_nothing_is_removed_before_it_may_be_replaced(out: Path) -> None:
+    make(out, "new")
+    make(out.with_name(".bundle.previous"), "old")
+    (out.parent / ".bundle.partial-12345678").mkdir()
+    before = beside(out)
+    with pytest.raises(UsageError, match="is there already"):
+        make(out, "newer")
+    assert beside(out) == before
+    assert mark(out.with_name(".bundle.previous")) == "old"
+
+
+def test_what_is_left_of_a_removal_that_was_cut_short_is_removed(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging_module, "_exchange", lambda *_: False)
+    make(out, "old")
+    unlink = Path.unlink
+
+    def stopping(self: Path, missing_ok: bool = False) -> None:
+        if self.parent.name == ".bundle.previous" and self.name == MANIFEST:
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", stopping)
+        make(out, "new", overwrite=True)
+    assert [path.name for path in out.with_name(".bundle.previous").iterdir()] == [MANIFEST]
+    make(out, "newer", overwrite=True)
+    out.with_name(".bundle.previous").mkdir()  # as if it had been stopped one step later
+    make(out, "newest", overwrite=True)
+    assert mark(out) == "newest"
+    assert beside(out) == ["bundle"]
+
+
+def test_a_swap_that_another_process_is_at_is_left_alone(out: Path) -> None:
+    make(out, "old")
+    previous = out.with_name(".bundle.previous")
+    with staging_module._locked(out):
+        out.rename(previous)
+        make(out, "mine")
+        assert mark(previous) == "old"
+    assert mark(out) == "mine"
+
+
+def test_when_only_the_last_sync_fails_the_new_folder_is_in_place(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(out, "old")
+    sync = staging_module._sync_one
+
+    def failing(path: Path) -> None:
+        if path == out.parent:
+            raise OSError(errno.EIO, "broken")
+        sync(path)
+
+    monkeypatch.setattr(staging_module, "_sync_one", failing)
+    with pytest.raises(StorageError, match="the new folder is in place, but"):
+        make(out, "new", overwrite=True)
+    assert mark(out) == "new"
     assert beside(out) == ["bundle"]
 
 

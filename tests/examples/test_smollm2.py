@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,15 +100,14 @@ def test_greedy_ids_are_those_of_transformers(
     with quiet():
         spec = export_decoder(
             checkpoint.model().language_model,
-            checkpoint.config,
+            (),
             torch.float32,
             tmp_path,
             quantization=None,
             release=checkpoint.weights.release,
         )
     table = np.load(tmp_path / spec.embedding, mmap_mode="r")
-    endless = replace(spec, eos_token_ids=())
-    decoder = OnnxRuntimeDecoder(open_session(tmp_path / spec.path), table, endless)
+    decoder = OnnxRuntimeDecoder(open_session(tmp_path / spec.path), table, spec)
     for question in QUESTIONS:
         turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         prompt = tokenizer.encode(turn, add_special_tokens=False).ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -242,6 +243,26 @@ def test_text_towers_have_one_table_or_two(tmp_path: Path, family: Family, exten
     load_checkpoint(folder).model()
     edit_json(folder / "config.json", extend_clip=not extended)
     fails(folder, DataError, 65, "embeddings.position_embedding", "missing", "unexpected")
+
+
+@pytest.mark.parametrize("value", [88.8, 1e30, -88.0, 85.0])
+def test_a_logit_scale_beyond_float32_is_refused(broken: Path, value: float) -> None:
+    name = "multi_modal_projector.logit_scale"
+    edit_tensors(broken, lambda t: t.update({name: np.full((), value, np.float32)}))
+    fails(broken, DataError, 65, name, "pooling_temp 0.01", "float32's normal range")
+    edit_tensors(broken, lambda t: t.update({name: np.full((), 80.0, np.float32)}))
+    load_checkpoint(broken)
+
+
+def test_sizes_that_torch_cannot_count_are_refused(broken: Path) -> None:
+    sizes = {"hidden_size": 2**31 - 2, "intermediate_size": 2**31 - 1}
+    edit_json(broken / "config.json", vision_config=sizes)
+    fails(broken, DataError, 65, "sizes beyond any tensor's in config.json")
+
+
+def test_a_path_that_is_not_utf8_is_refused(broken: Path) -> None:
+    named = broken.rename(os.fsdecode(os.fsencode(broken.parent) + b"/caf\xe9"))
+    fails(named, DataError, 65, "its path is not UTF-8, rename it")
 
 
 def test_a_tied_head_need_not_be_stored(tmp_path: Path) -> None:

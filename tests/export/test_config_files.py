@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError, PPLLaVAError
+from ppllava_engines.errors import DataError, IncompatibleError, PPLLaVAError
 from ppllava_export.checkpoint import load_config
 from ppllava_export.config_defaults import FAMILIES, KINDS
 from ppllava_export.config_files import text_token_ids
@@ -235,25 +235,14 @@ def test_pinpoints_cut_into_whole_tiles(clip: Path) -> None:
     assert config.image_grid_pinpoints == ((32, 96), (64, 32))
     assert edited(clip, image_grid_pinpoints=[]).image_grid_pinpoints == ()
     assert edited(clip, image_grid_pinpoints=None).image_grid_pinpoints == ()  # those are of 336
-    for wrong in ([[32, 50]], [[32]], [[0, 32]], [32, 64], 7, [[32, "64"]]):
+    assert edited(clip, image_grid_pinpoints=[[256, 256]]).image_grid_pinpoints == ((256, 256),)
+    beyond = ([[32, 65 * 32]], [[9 * 32, 8 * 32]], [[32, 32]] * 513)
+    for wrong in ([[32, 50]], [[32]], [[0, 32]], [32, 64], 7, [[32, "64"]], *beyond):
         edit_json(clip / "config.json", image_grid_pinpoints=wrong)
         fails(clip, DataError, 65, "image_grid_pinpoints", "multiples of 32")
 
 
 # What is refused
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "\xff"])
-def test_malformed_config_is_refused(clip: Path, text: str) -> None:
-    (clip / "config.json").write_bytes(text.encode("latin-1"))
-    fails(clip, DataError, 65, "config.json")
-
-
-def test_config_that_cannot_be_read_is_refused(clip: Path) -> None:
-    (clip / "config.json").unlink()
-    fails(clip, NotFoundError, 66, "config.json")
-    (clip / "config.json").mkdir()
-    fails(clip, DataError, 65, "config.json", "not a file")
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
@@ -268,6 +257,14 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "vision_feature_select_strategy": {"vision_feature_select_strategy": "full"},
     "vision_feature_layer": {"vision_feature_layer": [-2, -5]},
     "hidden_act": {"vision_config": {"hidden_act": "mish"}},
+    "text_config: hidden_act is 'swigloo'": {"text_config": {"hidden_act": "swigloo"}},
+    "partial_rotary_factor is 0.5": {"text_config": {"partial_rotary_factor": 0.5}},
+    "rope_scaling: partial_rotary_factor": {
+        "text_config": {"rope_scaling": {"partial_rotary_factor": 0.25}}
+    },
+    "rope_scaling: 'attn_logit_softcapping'": {
+        "text_config": {"rope_scaling": {"attn_logit_softcapping": 30.0}}
+    },
     "quantization_config": {"quantization_config": {"quant_method": "awq"}},
     "text_config.quantization_config": {"text_config": {"quantization_config": {}}},
 }
@@ -282,7 +279,10 @@ def test_unsupported_variants_are_refused_by_name(clip: Path, name: str) -> None
 def test_every_reason_to_refuse_is_named_at_once(siglip: Path) -> None:
     edit_json(siglip / "config.json", btadapter=True, valuew_plus=True, pooling=None)
     fails(
-        siglip, IncompatibleError, 78, "btadapter is True", "valuew_plus is True", "pooling is None"
+        siglip,
+        IncompatibleError,
+        78,
+        *("btadapter is True", "valuew_plus is True", "pooling is absent"),
     )
 
 
@@ -324,12 +324,17 @@ WRONG: dict[str, dict[str, Any]] = {
     "Llama config": {"text_config": {"num_hidden_layers": "two"}},
     "text_config: num_hidden_layers": {"text_config": {"num_hidden_layers": 10**9}},
     "text_config: hidden_size": {"text_config": {"hidden_size": 0}},
+    "text_config: head_dim is 0": {"text_config": {"head_dim": 0}},
+    "at most 1048576, as the graph holds": {"text_config": {"max_position_embeddings": 2**20 + 1}},
+    "model_type is 5": {"model_type": 5},
+    "hidden_act is ['gelu']": {"vision_config": {"hidden_act": ["gelu"]}},
     "num_key_value_heads": {"text_config": {"num_key_value_heads": 3}},
     "spiral": {"text_config": {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}},
     "clip_weight": {"clip_weight": 7},
     "extend_clip": {"extend_clip": "yes"},
     "qwen": {"qwen": 1},
     "btadapter": {"btadapter": "yes"},
+    f"max_T is '{'x' * 56}..., expected": {"max_T": "x" * 999},
 }
 
 
@@ -350,10 +355,55 @@ def test_wrong_neighbours_are_named(clip: Path) -> None:
     edit_json(clip / "generation_config.json", eos_token_id=[2, 0])
     edit_json(clip / "preprocessor_config.json", image_std=[1, 1, 0])
     fails(clip, DataError, 65, "preprocessor_config.json", "image_std")
-    edit_json(clip / "preprocessor_config.json", image_std=[1, 1, 2])
+    edit_json(clip / "preprocessor_config.json", image_mean=[0, -1, 2], image_std=[1, 1, 2])
     assert load_config(clip).eos_token_ids == (2, 0)
+    assert load_config(clip).image_mean == (0.0, -1.0, 2.0)
     assert load_config(clip).image_std == (1.0, 1.0, 2.0)
+    (clip / "generation_config.json").unlink()
+    edit_json(clip / "config.json", text_config={"eos_token_id": 384})
+    fails(clip, DataError, 65, "/config.json: text_config: eos_token_id is 384")
 
 
 def test_padding_of_the_decoder_does_not_matter(siglip: Path) -> None:
     assert "pad_token_id" not in edited(siglip, text_config={"pad_token_id": 151643}).decoder
+
+
+UNDECLARED = {
+    "return_dict": False,
+    "output_attentions": True,
+    "torchscript": True,
+    "use_cache": False,
+    "hidden_activation": "relu",
+    "attn_logit_softcapping": 30.0,
+    "final_logit_softcapping": 5.0,
+    "num_local_experts": 4,
+    "seq_length": 16,
+    "original_max_position_embeddings": 8,
+    "partial_rotary_factor": 1.0,
+}
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_fields_of_other_models_are_left_out_of_the_decoder(
+    request: pytest.FixtureRequest, family: Family
+) -> None:
+    folder: Path = request.getfixturevalue(family)
+    before = load_config(folder).decoder
+    assert before["rope_parameters"]["rope_theta"] == 10000.0
+    assert edited(folder, text_config=UNDECLARED).decoder == before
+    scaling = {"type": "linear", "factor": 2.0}
+    after = edited(folder, text_config={"rope_theta": 5e5, "rope_scaling": scaling}).decoder
+    rotation = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    assert rotation.items() <= after["rope_parameters"].items()
+
+
+def test_one_layer_in_a_list_is_that_layer(clip: Path) -> None:
+    assert edited(clip, vision_feature_layer=[-2]) == edited(clip, vision_feature_layer=-2)
+
+
+def test_a_causal_text_tower_has_as_many_positions_as_are_traced(clip: Path) -> None:
+    towers = clip.parent / "clip" / "config.json"
+    edit_json(towers, text_config={"max_position_embeddings": 4})
+    assert edited(clip, extend_clip=False).text.positions == 4
+    edit_json(towers, text_config={"max_position_embeddings": 3})
+    fails(clip, DataError, 65, "max_position_embeddings is 3", "at least 4")

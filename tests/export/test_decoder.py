@@ -19,11 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from ppllava_engines.bundle import DecoderSpec
 from ppllava_engines.errors import IncompatibleError
 from ppllava_engines.onnxruntime import open_session
-from ppllava_export.checkpoint import load_config
 from ppllava_export.decoder import export_decoder
 from ppllava_export.decoder_quantization import Bits, Quantization, block_size, pack_int4, quantize
 from ppllava_export.decoder_weights import Matrix
-from ppllava_export.modules.config import ModelConfig
 from ppllava_export.precision import widen
 from ppllava_export.quiet import quiet
 
@@ -61,21 +59,15 @@ def decoder(kind: str = "llama", head_dim: int = 16, **options: Any) -> Decoder:
     return model
 
 
-@pytest.fixture(scope="module")
-def config(checkpoint: Path) -> ModelConfig:
-    return load_config(checkpoint)
-
-
 def export(
     model: Decoder,
-    config: ModelConfig,
     folder: Path,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
 ) -> DecoderSpec:
     with quiet():
         return export_decoder(
-            model, config, dtype, folder, quantization=quantization, release=lambda: None
+            model, (2, 7), dtype, folder, quantization=quantization, release=lambda: None
         )
 
 
@@ -124,12 +116,12 @@ def optimised(path: Path) -> Counter[str]:
 @pytest.mark.parametrize("head_dim", [16, 24])  # 24: rotation outside of fused attention
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_floats_are_torchs_and_steps_are_the_prefill(
-    kind: str, head_dim: int, config: ModelConfig, tmp_path: Path
+    kind: str, head_dim: int, tmp_path: Path
 ) -> None:
     model, embeds = decoder(kind, head_dim), some_embeds()
     expected = torch_logits(model, embeds)
     for dtype, limit in ((torch.float32, 2e-5), (torch.float16, FP16_ERROR)):
-        spec = export(model, config, tmp_path, dtype)
+        spec = export(model, tmp_path, dtype)
         session = open_session(tmp_path / spec.path)
         whole = run(session, spec, embeds)
         assert error(whole, expected) <= limit
@@ -140,11 +132,12 @@ def test_floats_are_torchs_and_steps_are_the_prefill(
         np.testing.assert_array_equal(table, rows)
     assert (spec.num_kv_heads, spec.head_dim, spec.num_layers) == (2, head_dim, 2)
     assert (spec.vocab_size, spec.width, spec.max_positions) == (96, 64, 128)
+    assert spec.eos_token_ids == (2, 7)
 
 
-def test_biases_of_qwen2_count(config: ModelConfig, tmp_path: Path) -> None:
+def test_biases_of_qwen2_count(tmp_path: Path) -> None:
     model = decoder("qwen2")
-    spec = export(model, config, tmp_path)
+    spec = export(model, tmp_path)
     got = run(open_session(tmp_path / spec.path), spec, some_embeds())
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias.zero_()
@@ -167,21 +160,21 @@ def test_biases_of_qwen2_count(config: ModelConfig, tmp_path: Path) -> None:
     ],
     ids=lambda rope: str(rope["rope_type"]),
 )
-def test_stretched_rotations(rope: dict[str, Any], config: ModelConfig, tmp_path: Path) -> None:
+def test_stretched_rotations(rope: dict[str, Any], tmp_path: Path) -> None:
     model = decoder(rope_parameters=rope | {"rope_theta": 10000.0})
     embeds = some_embeds(60)
-    spec = export(model, config, tmp_path)
+    spec = export(model, tmp_path)
     got = run(open_session(tmp_path / spec.path), spec, embeds)
     assert error(got, torch_logits(model, embeds)) <= 2e-5
 
 
-def test_refusals(config: ModelConfig, tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(IncompatibleError, match="rope_type is 'dynamic'"):
-        export(decoder(rope_parameters=dynamic), config, tmp_path)
+        export(decoder(rope_parameters=dynamic), tmp_path)
     windowed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     with pytest.raises(IncompatibleError, match="use_sliding_window"):
-        export(decoder("qwen2", **windowed), config, tmp_path)
+        export(decoder("qwen2", **windowed), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -193,12 +186,11 @@ def test_quantized_graph_is_the_model_with_quantized_weights(
     quantization: Quantization,
     bits: Bits,
     dtype: torch.dtype,
-    config: ModelConfig,
     tmp_path: Path,
 ) -> None:
     model, embeds = decoder(kind, head_dim), some_embeds()
     exact = torch_logits(model, embeds)
-    spec = export(model, config, tmp_path, dtype, quantization)
+    spec = export(model, tmp_path, dtype, quantization)
     path = tmp_path / spec.path
     lean, fast = (run(open_session(path, lean=on), spec, embeds) for on in (True, False))
     num_linears = 0
@@ -231,20 +223,18 @@ def dequantized(weight: torch.Tensor, bits: Bits, dtype: torch.dtype) -> torch.T
     return torch.from_numpy(np.ascontiguousarray(values.reshape(weight.shape[::-1]).T))
 
 
-def test_inputs_that_no_block_divides_stay_float(config: ModelConfig, tmp_path: Path) -> None:
+def test_inputs_that_no_block_divides_stay_float(tmp_path: Path) -> None:
     model = decoder(intermediate_size=90)  # of down_proj
-    spec = export(model, config, tmp_path, quantization="int4")
+    spec = export(model, tmp_path, quantization="int4")
     left = optimised(tmp_path / spec.path)
     assert (left["MatMul"], left["MatMulNBits"]) == (2, 2 * 4 + 1)
     got = run(open_session(tmp_path / spec.path), spec, some_embeds())
     assert np.isfinite(got).all()
 
 
-def test_bfloat16_is_float_at_its_edges_but_for_the_cache(
-    config: ModelConfig, tmp_path: Path
-) -> None:
+def test_bfloat16_is_float_at_its_edges_but_for_the_cache(tmp_path: Path) -> None:
     model, embeds = decoder().bfloat16(), some_embeds()
-    spec = export(model, config, tmp_path, torch.bfloat16)
+    spec = export(model, tmp_path, torch.bfloat16)
     assert spec.dtype == "float32"
     graph = ir.load(tmp_path / spec.path).graph
     types = {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
@@ -265,7 +255,6 @@ def test_bfloat16_is_float_at_its_edges_but_for_the_cache(
 def test_weights_are_made_one_at_a_time(
     quantization: Quantization | None,
     num_tensors: int,
-    config: ModelConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -283,7 +272,7 @@ def test_weights_are_made_one_at_a_time(
         return value
 
     monkeypatch.setattr(ir.LazyTensor, "_evaluate", noted)
-    export(decoder(), config, tmp_path, quantization=quantization)
+    export(decoder(), tmp_path, quantization=quantization)
     assert alive == [0] * num_tensors
 
 

@@ -181,6 +181,13 @@ def test_a_variant_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "position_ids" not in [value.name for value in graph.input]
 
 
+def test_float64_weights_are_exported(tmp_path: Path) -> None:
+    """With every table that is read by another module than its own; torch computes in fp32."""
+    checkpoint = write_checkpoint(tmp_path, dtype="float64", btadapter=True, extend_clip=False)
+    manifest = export_bundle(checkpoint, tmp_path / "bundle")  # and its own parity
+    assert {tensor.dtype for tensor in manifest.graphs["vision"].outputs} == {"float32"}
+
+
 def test_bfloat16_is_inside_and_float32_at_the_edges(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     manifest = export_bundle(checkpoint, out, "bf16")

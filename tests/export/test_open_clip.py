@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,16 +26,20 @@ from ppllava_engines.errors import (
     PPLLaVAError,
     UsageError,
 )
+from ppllava_export import export_bundle
 from ppllava_export.checkpoint import Checkpoint, load_checkpoint, load_config
+from ppllava_export.config_files import read_model_config
 from ppllava_export.graphs import export_text, export_vision
 from ppllava_export.modules.alignment import SiglipProjector
 from ppllava_export.modules.config import ModelConfig
 from ppllava_export.open_clip_source import OpenClipSpec, replace_alignment
+from tiny_checkpoint import save_tensors, write_checkpoint
 
 open_clip = pytest.importorskip(
     "open_clip", reason="open_clip_torch, which is compared with, is missing"
 )
 
+ALIGNMENT = ("multi_modal_projector.clip_", "multi_modal_projector.logit_")
 TOLERANCE = 2e-5  # of the largest magnitude, as for every stage in fp32
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT: dict[str, Any] = {
@@ -255,6 +261,38 @@ def test_families_do_not_mix(checkpoint: Path, siglip: ModelConfig, siglip_model
     ends = replace(siglip, text=replace(siglip.text, eos_token_id=514))
     with pytest.raises(IncompatibleError, match="vocabulary of 514 lacks"):
         replace_alignment(ends, "open_clip:tiny-siglip")
+
+
+# Checkpoints without what is replaced
+
+
+@pytest.mark.parametrize("named", [None, "org/unknown", "../empty"])
+def test_what_is_replaced_need_not_be_there(tmp_path: Path, named: str | None) -> None:
+    folder = write_checkpoint(tmp_path, clip_weight=named)
+    shutil.rmtree(tmp_path / "clip")
+    (tmp_path / "empty").mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    replaced = [name for name in tensors if name.startswith(ALIGNMENT)]
+    assert len(replaced) > 30
+    save_tensors(folder, {name: t for name, t in tensors.items() if name not in replaced})
+    with pytest.raises(DataError):
+        load_checkpoint(folder)
+    model = build("tiny-gelu")
+    spec = f"open_clip:tiny-gelu:{save(model, tmp_path / 'weights.safetensors')}"
+    if named is not None:
+        projector = load_checkpoint(folder, clip=spec).model().multi_modal_projector
+        ids = question(model, 9, 513)
+        near(projector.text_embed(ids[:, :9]), model.encode_text(ids, normalize=True))
+        return
+    manifest = export_bundle(folder, tmp_path / "bundle", clip=spec, skip_tokenizer=True)
+    assert (manifest.model.text_positions, manifest.model.text_eos_token_id) == (40, 513)
+
+
+def test_a_siglip_checkpoint_needs_no_text_tower_either(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, family="siglip", clip_weight=None)
+    config, files = read_model_config(folder, shapes=None)
+    assert (config.projection_dim, files.clip) == (32, None)
+    assert (config.text.eos_token_id, config.text.pad_token_id) == (1, 1)
 
 
 # Random weights

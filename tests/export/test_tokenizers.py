@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ppllava_engines.errors import DataError, NotFoundError, PPLLaVAError, UnavailableError
+from ppllava_engines.errors import DataError, PPLLaVAError, UnavailableError
 from ppllava_export import text_tokenizer
 from ppllava_export.checkpoint import load_config
 from ppllava_export.config_files import CheckpointFiles
@@ -83,9 +83,9 @@ def test_both_are_read_and_written(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["checkpoint", "clip"])
 def test_a_missing_one_names_the_way_out(copied: Path, which: str) -> None:
     (copied.parent / which / "tokenizer.json").unlink()
-    with pytest.raises(NotFoundError, match="--skip-tokenizer") as caught:
+    with pytest.raises(DataError, match="--skip-tokenizer") as caught:
         read(copied)
-    assert caught.value.exit_code == 66
+    assert caught.value.exit_code == 65
     assert str(copied.parent / which) in str(caught.value).replace("checkpoint/../", "")
 
 
@@ -193,6 +193,8 @@ def test_vicuna_layout(copied: Path) -> None:
         ("added_tokens.json", {"<pad>": 1 << 40}, "cannot be placed"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": token("a")}}, "a token by its"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9": {}}}, "a token by its id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1" * 5000: token("a")}}, "by its id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"٣": token("a")}}, "a token by its id"),
         ("tokenizer_config.json", {"added_tokens_decoder": []}, "expected an object"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.T", None]}}, "never run"),
         ("special_tokens_map.json", [], "expected an object"),
@@ -239,7 +241,7 @@ def test_qwen2_from_vocabulary_and_merges(copied: Path) -> None:
     assert chat_template(decoder, config) == chat_template(None, config) == CHATML
     assert end_token_ids(decoder, config) == (2, 261)
     (copied / "merges.txt").unlink()
-    with pytest.raises(NotFoundError, match=r"vocab\.json and merges\.txt.*--skip-tokenizer"):
+    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt.*--skip-tokenizer"):
         read(copied, **changes)
 
 
@@ -353,7 +355,7 @@ def test_clip_from_vocabulary_and_merges(copied: Path) -> None:
     (clip / "tokenizer.json").unlink()
     vocabulary = tiny_text_tokenizer().get_vocab()
     write_json(clip / "vocab.json", vocabulary)
-    with pytest.raises(NotFoundError, match=r"merges\.txt"):
+    with pytest.raises(DataError, match=r"merges\.txt"):
         read(copied)
     (clip / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     ids = read(copied).text.encode("two Words!").ids
@@ -365,7 +367,7 @@ def test_clip_from_vocabulary_and_merges(copied: Path) -> None:
 def test_clip_known_only_by_name_names_the_folder_to_make(copied: Path, folder: str | None) -> None:
     named = copied / folder if folder else None
     place = named or "a folder and name it by clip_weight"
-    with pytest.raises(NotFoundError, match=r"tokenizer\.json, .* --skip-tokenizer") as caught:
+    with pytest.raises(DataError, match=r"tokenizer\.json, .* --skip-tokenizer") as caught:
         read_text_tokenizer(load_config(copied), named)
     assert f"vocab.json and merges.txt, into {place}, or" in str(caught.value)
 
@@ -511,6 +513,6 @@ def test_siglip_without_its_file_or_package(
     if not missing:
         (tmp_path / "spiece.model").write_bytes(b"")
     monkeypatch.setattr(text_tokenizer, "find_spec", lambda _: None)
-    kind: type[PPLLaVAError] = NotFoundError if missing else UnavailableError
+    kind: type[PPLLaVAError] = DataError if missing else UnavailableError
     with pytest.raises(kind, match=r"spiece\.model"):
         read_text_tokenizer(siglip_config(copied, 9, end=1, pad=1), tmp_path)

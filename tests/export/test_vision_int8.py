@@ -21,11 +21,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ppllava_engines.errors import DataError, InternalError, NotFoundError
 from ppllava_engines.onnxruntime import open_session
+from ppllava_engines.parity import Parity
+from ppllava_export import export_bundle
 from ppllava_export.calibration import calibrate, read_frames
 from ppllava_export.checkpoint import Checkpoint, load_checkpoint
 from ppllava_export.graphs import export_vision
 from ppllava_export.mapped import streamed_fp32
-from ppllava_export.vision_int8 import Channels, quantize_vision
+from ppllava_export.vision_int8 import Channels, count_layers, quantize_vision
 from tiny_checkpoint import write_checkpoint
 from tiny_videos import numbered_frames, write_video
 
@@ -311,9 +313,23 @@ def test_what_would_be_lost_stays_float(tmp_path: Path) -> None:
     x[0] = 1  # one step of 1/127 for values of a thousandth
     weight = np.ones((4, 2), np.float32)
     model = linear(weight)
-    quantize_vision(model, {"layer": channels(x)})
+    with pytest.raises(DataError, match=r"none of 1 layers can be rounded.*within 30 dB"):
+        quantize_vision(model, {"layer": channels(x)})
     assert [node.op_type for node in model.graph] == ["MatMul"]
     np.testing.assert_allclose(run(model, x, tmp_path), x @ weight, rtol=1e-6)
+
+
+def test_how_many_layers_are_int8_is_counted(
+    model: Checkpoint, seen: dict[str, Channels], tower: str, tmp_path: Path
+) -> None:
+    noisy = Channels(np.ones(32, np.float32), np.full(32, 1e-6, np.float32))
+    block = "vision_tower.vision_model.encoder.layers.0."
+    layers = [f"{block}self_attn.{name}_proj" for name in "qkv"]  # which share their input
+    spec = export_vision(model, torch.float32, tmp_path, {**seen, **dict.fromkeys(layers, noisy)})
+    total = NUM_LINEARS[tower]
+    assert count_layers(tmp_path / spec.path) == (total - 3, total)
+    spec = export_vision(model, torch.float32, tmp_path)
+    assert count_layers(tmp_path / spec.path) == (0, total)
 
 
 def test_zeros_are_no_scale(tmp_path: Path) -> None:
@@ -325,7 +341,8 @@ def test_zeros_are_no_scale(tmp_path: Path) -> None:
     quantize_vision(model, {"layer": channels(x)})
     np.testing.assert_allclose(run(model, x, tmp_path), [[2, 2, 0]] * 2, rtol=1e-5)
     nothing = linear(weight)
-    quantize_vision(nothing, {"layer": channels(0 * x)})
+    with pytest.raises(DataError, match="none of 1 layers"):
+        quantize_vision(nothing, {"layer": channels(0 * x)})
     assert [node.op_type for node in nothing.graph] == ["MatMul"]
 
 
@@ -343,6 +360,15 @@ def test_small_weights_keep_their_levels_in_fp16(size: float, tmp_path: Path) ->
     stored = values["layer.weight.int8"] * steps.astype(np.float64)
     assert (np.abs(stored - even) <= 0.5001 * steps.astype(np.float64)).all()
     assert (run(model, x, tmp_path) != 0).any()
+
+
+def test_the_parity_table_says_how_much_is_int8(
+    checkpoint: Path, video: Path, tmp_path: Path
+) -> None:
+    export_bundle(checkpoint, tmp_path / "bundle", vision="int8", calibration=[video])
+    total = NUM_LINEARS["clip"]
+    title = Parity.read(tmp_path / "bundle").table().title
+    assert f"vision int8 ({total} of {total} vision layers are int8), on" in str(title)
 
 
 def test_unknown_layers_are_named() -> None:

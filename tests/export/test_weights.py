@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import ppllava_export.weights
 from ppllava_engines.errors import DataError
-from ppllava_export.checkpoint import Checkpoint, load_checkpoint
+from ppllava_export.checkpoint import load_checkpoint
 from ppllava_export.mapped import streamed_fp32
 from ppllava_export.modules.model import PPLLaVA
 from ppllava_export.weights import Weights, check_values
@@ -96,7 +96,7 @@ PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "legacy": (legacy, "older pickles are refused"),
     "garbage": (lambda path: replace_program(path, b"garbage"), "safe loader refuses it"),
     "nothing": (lambda path: path.write_bytes(b""), "older pickles are refused"),
-    "cut short": (cut, "safe loader refuses it"),
+    "cut short": (cut, "not a whole archive"),
     "a list": (lambda path: torch.save([torch.ones(3)], path), "holds a list"),
     "numbers": (lambda path: torch.save({"a": 1}, path), "not plain tensors by name: a"),
     "nested": (lambda path: torch.save({"a": {"b": torch.ones(1)}}, path), "by name: a"),
@@ -110,6 +110,40 @@ def test_pickles_that_are_no_plain_tensors_are_refused(tmp_path: Path, name: str
     make(tmp_path / WHOLE)
     refuses(Weights, tmp_path, DataError, 65, WHOLE, said)
     assert [path.name for path in tmp_path.iterdir()] == [WHOLE]  # nothing ran
+
+
+def test_archives_that_grow_are_refused_before_anything_of_them_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch would inflate may be a thousand times as large as the file."""
+    torch.save({"a": torch.ones(300)}, tmp_path / WHOLE)
+    with zipfile.ZipFile(tmp_path / WHOLE) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch saw it"))
+    for compressed in ("data.pkl", "version", "data/0"):
+        with zipfile.ZipFile(tmp_path / WHOLE, "w") as archive:
+            for name, content in parts.items():
+                packed = zipfile.ZIP_DEFLATED if name.endswith(compressed) else zipfile.ZIP_STORED
+                archive.writestr(name, content, packed)
+        refuses(Weights, tmp_path, DataError, 65, WHOLE, f"{compressed}' is compressed")
+    torch.save({"a": torch.ones(300)}, tmp_path / WHOLE)
+    monkeypatch.setattr(ppllava_export.weights, "_PROGRAM_BYTES", 100)
+    refuses(Weights, tmp_path, DataError, 65, WHOLE, "data.pkl' has ", "at most 100 beside")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_lists_all_that_its_shards_hold(tmp_path: Path, suffix: str) -> None:
+    name = f"model-00001-of-00001.{suffix}"
+    tensors = {"a": torch.ones(2), "image_newline": torch.ones(3), "b": torch.ones(4)}
+    if suffix == "bin":
+        torch.save(tensors, tmp_path / name)
+    else:
+        save_file(tensors, tmp_path / name)
+    index = INDEX if suffix == "bin" else "model.safetensors.index.json"
+    write_json(tmp_path / index, {"weight_map": dict.fromkeys(tensors, name)})
+    assert set(Weights(tmp_path)) == set(tensors)
+    write_json(tmp_path / index, {"weight_map": {"a": name}})
+    refuses(Weights, tmp_path, DataError, 65, index, "does not list b, image_newline, which")
 
 
 def test_an_index_of_pickles_names_pickles_that_are_there(tmp_path: Path) -> None:
@@ -183,10 +217,6 @@ def test_pages_are_read_when_touched_and_given_back(tmp_path: Path, name: str) -
     assert float(heap.amin()) == 5
 
 
-def half(folder: Path, family: Family, **overrides: Any) -> Checkpoint:
-    return load_checkpoint(write_checkpoint(folder, family=family, dtype="float16", **overrides))
-
-
 def outputs(model: PPLLaVA) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     config = model.config
@@ -203,17 +233,26 @@ def outputs(model: PPLLaVA) -> list[torch.Tensor]:
         ]
 
 
-@pytest.mark.parametrize("variant", ["clip", "btadapter", "siglip"])
-def test_a_model_of_halves_computes_in_fp32_what_an_fp32_one_does(
-    tmp_path: Path, variant: str
+VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "clip": ("clip", {}),
+    "btadapter": ("clip", {"btadapter": True}),
+    "siglip": ("siglip", {}),
+    "unextended": ("clip", {"extend_clip": False}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_of_any_floats_computes_in_fp32_what_an_fp32_one_does(
+    tmp_path: Path, variant: str, dtype: str
 ) -> None:
-    loaded = half(tmp_path, "siglip" if variant == "siglip" else "clip",
-                  **({"btadapter": True} if variant == "btadapter" else {}))  # fmt: skip
+    family, overrides = VARIANTS[variant]
+    loaded = load_checkpoint(write_checkpoint(tmp_path, family=family, dtype=dtype, **overrides))
     model, released = loaded.model(), []
     with streamed_fp32(model, lambda: released.append(1)):
         streamed = outputs(model)
     assert {tensor.dtype for tensor in streamed} == {torch.float32}
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     name = "multi_modal_projector.linear_1.weight"
     mapped = model.get_parameter(name).data_ptr()
     assert mapped == loaded.tensor(name).data_ptr()  # no copy

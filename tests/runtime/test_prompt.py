@@ -157,6 +157,7 @@ class TestPrompt:
     def test_refuses_what_ends_an_answer_and_what_stands_for_an_image(self) -> None:
         decoder = decoder_tokenizer()
         place, end = decoder.token_to_id("%"), decoder.token_to_id("#")  # no added tokens
+        assert end is not None
         spec = model(image_token_index=place)
         prompts = PromptBuilder(decoder, text_tokenizer(), spec, (2, end))
         for token in ("#", "%"):
@@ -217,7 +218,7 @@ class TestIds:
 
     def test_that_fit_are_taken(self, manifest: Manifest) -> None:
         Prompt(self.TEXT, (3, 4)).check(manifest, 1)
-        Prompt(self.TEXT, (np.int64(3), 4)).check(manifest, 1)
+        Prompt(self.TEXT, tuple(np.array([3, 4]))).check(manifest, 1)
         Prompt(np.empty((1, 0), np.int64), (4,)).check(manifest, 0)
         padded = dataclasses.replace(manifest, model=model(text_pad_token_id=0))
         Prompt(np.full((1, 12), EOS), (3, 4)).check(padded, 1)

@@ -126,11 +126,19 @@ def test_the_least_budget_that_is_named_for_a_picture_is_enough_and_none_below_i
         choose_tile_window(tiling, grid, DEFAULT, num_tokens=least - 1)
 
 
-def test_a_thin_picture_takes_fewer_tokens_than_one_per_view() -> None:
-    tiling = Tiling.of((2, 400), [(24, 48)], 24)
-    assert tiling.num_tokens(1, 1) == 4
-    window = choose_tile_window(tiling, (4, 4), DEFAULT, num_tokens=2)
-    assert window.output((1, 4, 4)) == (1, 2, 1)  # of whose two rows unpadding leaves none
+@pytest.mark.parametrize(
+    ("picture", "canvas", "of_one", "least", "output"),
+    [((2, 400), (24, 48), 4, 2, (1, 2, 1)), ((10, 1), (48, 24), 5, 4, (1, 1, 2))],
+)
+def test_a_thin_picture_takes_fewest_tokens_where_unpadding_leaves_nothing_of_its_tiles(
+    picture: tuple[int, int], canvas: tuple[int, int], of_one: int, least: int, output: Axes
+) -> None:
+    tiling = Tiling.of(picture, [canvas], 24)
+    assert tiling.num_tokens(1, 1) == of_one
+    window = choose_tile_window(tiling, (4, 4), DEFAULT, num_tokens=least)
+    assert window.output((1, 4, 4)) == output
+    with pytest.raises(UsageError, match=f"takes {least} or more"):
+        choose_tile_window(tiling, (4, 4), DEFAULT, num_tokens=least - 1)
 
 
 def test_nothing_is_pooled_over_the_views_of_a_picture() -> None:
