@@ -364,27 +364,16 @@ def test_wrong_neighbours_are_named(clip: Path) -> None:
     fails(clip, DataError, 65, "/config.json: text_config: eos_token_id is 384")
 
 
-def test_padding_of_the_decoder_does_not_matter(siglip: Path) -> None:
-    assert "pad_token_id" not in edited(siglip, text_config={"pad_token_id": 151643}).decoder
-
-
 UNDECLARED = {
-    "return_dict": False,
-    "output_attentions": True,
-    "torchscript": True,
-    "use_cache": False,
-    "hidden_activation": "relu",
-    "attn_logit_softcapping": 30.0,
-    "final_logit_softcapping": 5.0,
-    "num_local_experts": 4,
-    "seq_length": 16,
-    "original_max_position_embeddings": 8,
-    "partial_rotary_factor": 1.0,
-}
+    "return_dict": False, "output_attentions": True, "torchscript": True, "use_cache": False,
+    "hidden_activation": "relu", "attn_logit_softcapping": 30.0, "final_logit_softcapping": 5.0,
+    "num_local_experts": 4, "seq_length": 16, "original_max_position_embeddings": 8,
+    "partial_rotary_factor": 1.0, "pad_token_id": 151643,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_fields_of_other_models_are_left_out_of_the_decoder(
+def test_other_models_fields_and_padding_are_left_out_of_the_decoder(
     request: pytest.FixtureRequest, family: Family
 ) -> None:
     folder: Path = request.getfixturevalue(family)

@@ -391,7 +391,7 @@ def test_command_tells_a_failure_in_one_sentence(checkpoint: Path, tmp_path: Pat
     copy = tmp_path / "copy" / checkpoint.name
     (copy / "tokenizer.json").unlink()
     done = command(copy, tmp_path / "bundle")
-    assert (done.returncode, done.stdout) == (66, "")
+    assert (done.returncode, done.stdout) == (65, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert "--skip-tokenizer" in done.stderr
