@@ -25,6 +25,7 @@ from .initializers import bind, simplify
 from .modules.model import PPLLaVA
 from .pool_graph import OPSET, pool_graph
 from .precision import cast, edge, keep_softmax_fp32
+from .quiet import quiet
 from .vision_int8 import Channels, quantize_vision
 
 VISION_TOKENS = "vision_tokens"  # the value inside the vision graph that tests look at
@@ -158,17 +159,18 @@ def _trace(
     input_names: list[str],
     output_names: list[str],
 ) -> ir.Model:
-    program = torch.onnx.export(
-        module.eval(),
-        (example,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=input_names,
-        output_names=output_names,
-        dynamic_shapes=(dynamic,),
-        optimize=False,  # it would read the weights, which are not there
-        verbose=False,
-    )
+    with quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=(dynamic,),
+            optimize=False,  # it would read the weights, which are not there
+            verbose=False,
+        )
     assert program is not None  # only the old exporter returns nothing
     return program.model
 

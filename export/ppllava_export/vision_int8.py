@@ -234,6 +234,8 @@ def _describe(node: ir.Node, name: str, like: ir.Value, dtype: ir.DataType | Non
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     kind = ir.TensorType(tensor.dtype)
+    while name in graph.initializers:  # of norms whose equal weights are one initializer
+        name += "_"
     value = ir.Value(name=name, shape=_shape(tensor), type=kind, const_value=tensor)
     graph.register_initializer(value)
     return value
