@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
 
 from ppllava_engines.errors import DataError, InternalError, NotFoundError
 from ppllava_engines.onnxruntime import open_session
@@ -28,7 +29,7 @@ from ppllava_export.checkpoint import Checkpoint, load_checkpoint
 from ppllava_export.graphs import export_vision
 from ppllava_export.mapped import streamed_fp32
 from ppllava_export.vision_int8 import Channels, count_layers, quantize_vision
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import save_tensors, write_checkpoint
 from tiny_videos import numbered_frames, write_video
 
 Array = NDArray[Any]
@@ -330,6 +331,18 @@ def test_how_many_layers_are_int8_is_counted(
     assert count_layers(tmp_path / spec.path) == (total - 3, total)
     spec = export_vision(model, torch.float32, tmp_path)
     assert count_layers(tmp_path / spec.path) == (0, total)
+
+
+def test_norms_with_equal_weights_are_evened_apart(video: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        if "norm" in name:
+            tensors[name] = np.full_like(value, name.endswith("weight"))
+    save_tensors(folder, tensors)
+    checkpoint = load_checkpoint(folder)
+    spec = export_vision(checkpoint, torch.float32, tmp_path, calibrate(checkpoint, [video]))
+    assert count_layers(tmp_path / spec.path) == (NUM_LINEARS["clip"],) * 2
 
 
 def test_zeros_are_no_scale(tmp_path: Path) -> None:
