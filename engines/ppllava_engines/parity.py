@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ppllava_engines import strict_json
 from ppllava_engines.engine import open_engine
-from ppllava_engines.errors import DataError, InternalError
+from ppllava_engines.errors import DataError, IncompatibleError, InternalError
 from ppllava_engines.samples import Samples, prompt_embeds
 
 if TYPE_CHECKING:
@@ -227,14 +227,22 @@ class Parity:
         """Returns nothing when every stage is within its limits.
 
         Raises:
-            InternalError: One is not; names each with its numbers.
+            IncompatibleError: Only quantized stages are not: the model does not bear it.
+            InternalError: Another is not; either names each with its numbers.
         """
-        failed = [f"{stage} (expected {stage.limit})" for stage in self.stages if not stage.passed]
-        if failed:
-            raise InternalError(
-                f"{self.precision} graphs are too far from torch, so no bundle is made: "
-                f"{'; '.join(failed)}; errors are shares of the largest magnitude expected"
-            )
+        failed = [stage for stage in self.stages if not stage.passed]
+        if not failed:
+            return
+        sentence = (
+            f"{self.precision} graphs are too far from torch, so no bundle is made: "
+            f"{'; '.join(f'{stage} (expected {stage.limit})' for stage in failed)}; errors are "
+            "shares of the largest magnitude expected"
+        )
+        if any(stage.min_cosine is None or stage.cosine <= 0 for stage in failed):
+            raise InternalError(sentence)
+        raise IncompatibleError(
+            f"{sentence}: calibrate on more videos like those to come, or quantize less"
+        )
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/parity.json."""

@@ -58,7 +58,8 @@ def export_bundle(
     Raises:
         DataError: Broken weights, config, tokenizer or video, or one that the checkpoint misses;
             every tensor concerned is named.
-        IncompatibleError: A model variant that this release does not export.
+        IncompatibleError: A model variant that this release does not export, or one that loses too
+            much when it is quantized as asked.
         InternalError: A graph's outputs are further from torch than its tolerance.
         NotFoundError: No such folder, no config.json in it, or no such video or file of `clip`.
         StorageError: Writing failed.

@@ -17,7 +17,7 @@ import pytest
 from onnx import numpy_helper
 
 from ppllava_engines.bundle import Bundle, Precision
-from ppllava_engines.errors import DataError, InternalError
+from ppllava_engines.errors import DataError, IncompatibleError, InternalError
 from ppllava_engines.parity import STAGES, Parity, Stage, replay
 from ppllava_engines.samples import SAMPLES, Samples, prompt_embeds
 
@@ -183,6 +183,11 @@ def test_a_report_comes_back_and_names_every_stage_that_is_too_far(tmp_path: Pat
     assert "keys: max error 1.8e+308" in said
     assert "logits: max error 1.0e+00, cosine 0.70711 (expected cosine ≥ 0.9)" in said
     assert "pooled" not in said
+    with pytest.raises(IncompatibleError, match=r"logits: .*: calibrate on more videos"):
+        Parity("fp32, decoder int4", "some backend", (bent, near)).require()
+    nan = Stage.of("logits", np.array([np.nan]), np.array([1.0]), min_cosine=0.9)
+    with pytest.raises(InternalError):  # no loss of precision
+        Parity("fp32, decoder int4", "some backend", (nan,)).require()
     (tmp_path / "parity.json").write_text("{}")
     with pytest.raises(DataError, match="misses 'precision'"):
         Parity.read(tmp_path)

@@ -19,25 +19,6 @@ from tiny_checkpoint import Family, Tensors, edit_json, save_tensors, write_chec
 TEXT_TOWER = "multi_modal_projector.clip_text_model."
 
 
-@pytest.fixture
-def clip(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the CLIP family's checkpoint that a test may break."""
-    shutil.copytree(checkpoint.parent, tmp_path / "copy")
-    return tmp_path / "copy" / checkpoint.name
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("siglip"), family="siglip")
-
-
-@pytest.fixture
-def siglip(written: Path, tmp_path: Path) -> Path:
-    """A copy of the SigLIP family's checkpoint that a test may break."""
-    shutil.copytree(written.parent, tmp_path / "siglip")
-    return tmp_path / "siglip" / written.name
-
-
 def edited(folder: Path, **changes: str) -> ModelConfig:
     edit_json(folder / "config.json", **changes)
     return load_config(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,7 @@ from ppllava_export.config_defaults import FAMILIES, KINDS
 from ppllava_export.config_files import text_token_ids
 from ppllava_export.modules.config import BTAdapterConfig, ModelConfig
 from refusals import refuses
-from tiny_checkpoint import Family, edit_json, write_checkpoint, write_json
-
-
-@pytest.fixture
-def clip(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the CLIP family's checkpoint that a test may break."""
-    shutil.copytree(checkpoint.parent, tmp_path / "copy")
-    return tmp_path / "copy" / checkpoint.name
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("siglip"), family="siglip")
-
-
-@pytest.fixture
-def siglip(written: Path, tmp_path: Path) -> Path:
-    """A copy of the SigLIP family's checkpoint that a test may break."""
-    shutil.copytree(written.parent, tmp_path / "siglip")
-    return tmp_path / "siglip" / written.name
+from tiny_checkpoint import Family, edit_json, write_json
 
 
 def edited(folder: Path, **changes: Any) -> ModelConfig:
