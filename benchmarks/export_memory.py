@@ -39,7 +39,7 @@ _COMMON = {
     "image_pooling_stride": [1, 3, 3],
     "pooling_temp": 0.01,
 }
-_CLIP = {
+CLIP = {
     "model_type": "llava_next",
     "qwen": False,
     "btadapter": True,
@@ -58,7 +58,7 @@ _CLIP = {
         "projection_dim": 768,
     },
 }
-_SIGLIP = {
+SIGLIP = {
     "model_type": "llava_onevision",
     "qwen": True,
     "btadapter": False,
@@ -77,7 +77,8 @@ _SIGLIP = {
 }
 
 
-def _decoder(kind: str, sizes: tuple[int, ...], **more: Any) -> dict[str, Any]:
+def decoder_config(kind: str, sizes: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    """Returns the text_config of `sizes`: width, feed-forward, layers, heads, kv heads, tokens."""
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads "
     names += "num_key_value_heads vocab_size"
     stated = dict(zip(names.split(), sizes, strict=True))
@@ -90,14 +91,15 @@ def _decoder(kind: str, sizes: tuple[int, ...], **more: Any) -> dict[str, Any]:
     }
 
 
-_QWEN2 = _decoder("qwen2", (1536, 8960, 28, 12, 2, 151936), tie_word_embeddings=True)
+_QWEN2 = decoder_config("qwen2", (1536, 8960, 28, 12, 2, 151936), tie_word_embeddings=True)
 _KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "clip-btadapter": (_CLIP, _decoder("llama", (512, 1408, 4, 8, 8, 32064))),
-    "siglip": (_SIGLIP, _decoder("qwen2", (512, 1408, 4, 8, 2, 32000))),
-    "qwen2-1.5b": (_SIGLIP, _QWEN2),
-    "vicuna-7b": (_CLIP, _decoder("llama", (4096, 11008, 32, 32, 32, 32064))),
+    "clip-btadapter": (CLIP, decoder_config("llama", (512, 1408, 4, 8, 8, 32064))),
+    "siglip": (SIGLIP, decoder_config("qwen2", (512, 1408, 4, 8, 2, 32000))),
+    "qwen2-1.5b": (SIGLIP, _QWEN2),
+    "vicuna-7b": (CLIP, decoder_config("llama", (4096, 11008, 32, 32, 32, 32064))),
 }
 _BLOCK = 1_000_003  # random numbers, repeated; a prime, so that no two rows of a matrix are equal
+_SHIFT = 9973
 _GB = 1e9
 
 
@@ -126,14 +128,13 @@ class Row:
         )
 
 
-def write_checkpoint(folder: Path, kind: str) -> None:
+def write_checkpoint(folder: Path, family: dict[str, Any], decoder: dict[str, Any]) -> None:
     """Writes config.json and fp16 model.safetensors below `folder`, a tensor at a time."""
     import torch
 
     from ppllava_export.checkpoint import load_config
     from ppllava_export.modules.model import PPLLaVA
 
-    family, decoder = _KINDS[kind]
     config = _COMMON | family | {"text_config": decoder}
     config["image_token_index"] = decoder["vocab_size"] - 1
     folder.mkdir(parents=True)
@@ -156,8 +157,10 @@ def write_checkpoint(folder: Path, kind: str) -> None:
     noise = np.random.default_rng(0).standard_normal(_BLOCK, dtype=np.float32)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in state.items():
-            block = _block(name, tuple(tensor.shape), noise).astype(np.float16)
+        for index, (name, tensor) in enumerate(state.items()):
+            # Equal layers would be stored once by whoever looks for them.
+            here = np.roll(noise, index * _SHIFT)
+            block = _block(name, tuple(tensor.shape), here).astype(np.float16)
             for start in range(0, tensor.numel(), _BLOCK):
                 stream.write(block[: tensor.numel() - start].tobytes())
 
@@ -177,7 +180,7 @@ def measure(folder: Path, kind: str, dtype: str, decoder: str | None) -> Row:
     """Returns what one export took; `folder` is made and removed."""
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     try:
-        write_checkpoint(checkpoint, kind)
+        write_checkpoint(checkpoint, *_KINDS[kind])
         command = [sys.executable, "-m", "ppllava_export.cli", str(checkpoint), str(bundle)]
         command += ["--skip-tokenizer", "--dtype", dtype]
         command += ["--decoder", decoder] if decoder else []

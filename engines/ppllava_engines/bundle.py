@@ -129,9 +129,15 @@ class Bundle:
     def engine(self, name: str, *, device: str = "cpu", threads: int | None = None) -> Engine:
         """The engine of the graph `name`, loaded anew at each call.
 
+        Args:
+            name: "vision", "text" or "pool".
+            device: "cpu", or "tensorrt" for a GPU, where ppllava-build made plans of this bundle.
+            threads: As in `engine.open_engine`; a GPU has no use for it.
+
         Raises:
-            NotFoundError: The bundle has no such graph.
+            NotFoundError: The bundle has no such graph, or no plan for it.
             DataError, UnavailableError, UsageError: See `engine.open_engine`.
+            IncompatibleError: The bundle's plans are for another machine.
         """
         from ppllava_engines.engine import open_engine
 
@@ -140,6 +146,10 @@ class Bundle:
             raise NotFoundError(
                 f"bundle {self.path}: no graph {name!r}, there are {', '.join(sorted(graphs))}"
             )
+        if device == "tensorrt":
+            from ppllava_engines.tensorrt.engine import TensorRTEngine
+
+            return TensorRTEngine.open(self, name)
         return open_engine(self.file(graphs[name].path), graphs[name], device, threads)
 
     def _check(self, name: str, expected: FileSpec, *, quick: bool) -> None:

@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 
 from ppllava_engines.bundle import GraphSpec, TensorSpec
 from ppllava_engines.errors import DataError, UnavailableError
+from ppllava_engines.tensorrt.device import DeviceArray
+
+Array = NDArray[Any] | DeviceArray
+
+DEVICES = ("cpu", "tensorrt")
 
 
 class Engine(Protocol):
@@ -26,16 +31,26 @@ class Engine(Protocol):
         """What `run` gives back, in the graph's order."""
         ...
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Every output by name, for exactly the inputs that `inputs` names.
+    def run(
+        self, feeds: Mapping[str, Array], keep: Mapping[str, Array] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Every output by name but those in `keep`, for exactly the inputs that `inputs` names.
 
         Nothing is cast: an array has the dtype its TensorSpec states.
+
+        Args:
+            feeds: Input → array.
+            keep: Output → where it goes, on the device: an array of `empty`, or rows of one.
 
         Raises:
             DataError: A missing or unknown input, another dtype, rank or fixed dimension, or two
                 sizes for one dynamic axis.
             InternalError: The backend failed on valid inputs.
         """
+        ...
+
+    def empty(self, name: str, size: int) -> Array:
+        """Room on the device for the output `name`, whose first axis has this size."""
         ...
 
 
@@ -52,7 +67,7 @@ def open_engine(
     Args:
         path: The graph's file on this machine.
         spec: What the manifest says of it; the file must agree.
-        device: "cpu".
+        device: "cpu"; for "tensorrt" a bundle's plans are needed too, see `Bundle.engine`.
         threads: Threads that work on one operator; None is one per core this process may use.
         lean: Whether to run slower in little memory, see `onnxruntime.open_session`.
 
@@ -64,7 +79,9 @@ def open_engine(
         UsageError: `threads` is not positive.
     """
     if device != "cpu":
-        raise UnavailableError(f"no engine for device {device!r}: this release runs on 'cpu'")
+        raise UnavailableError(
+            f"no engine for device {device!r}: a file runs on 'cpu', a bundle on 'tensorrt' too"
+        )
     # Imported where it is used: reading a manifest needs no backend, and loading one takes time.
     from ppllava_engines.onnxruntime import OnnxRuntimeEngine
 
@@ -72,9 +89,12 @@ def open_engine(
 
 
 def check_feeds(
-    graph: str, inputs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]
+    graph: str,
+    inputs: Sequence[TensorSpec],
+    feeds: Mapping[str, Array],
+    kinds: tuple[type, ...] = (np.ndarray,),
 ) -> None:
-    """Nothing, when `feeds` is exactly what `inputs` asks for.
+    """Nothing, when `feeds` is exactly what `inputs` asks for, in arrays of these kinds.
 
     Raises:
         DataError: What differs, in one sentence that starts with `graph`.
@@ -89,7 +109,7 @@ def check_feeds(
     sizes: dict[str, tuple[int, str]] = {}
     for spec in inputs:
         array = feeds[spec.name]
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, kinds):
             raise DataError(
                 f"{graph}: input {spec.name} is a {type(array).__name__}, expected {spec}"
             )

@@ -6,18 +6,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from ppllava_engines import strict_json
 from ppllava_engines.errors import DataError, IncompatibleError
 
+if TYPE_CHECKING:
+    from ppllava_engines.engine import Array
+
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FAMILIES = ("clip", "siglip")
-DTYPES = ("float32", "float16", "int64", "int32", "uint8", "int8", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool")
 _SEAL = "manifest_sha256"
 _CHUNK_BYTES = 1 << 20
 
@@ -30,7 +30,7 @@ class TensorSpec:
 
     Attributes:
         name: As in the graph.
-        dtype: A numpy name; a graph's is one of DTYPES.
+        dtype: A numpy name; a graph's is one of DTYPES (bfloat16 only of what stays on a device).
         shape: Per axis a fixed size or the name of a dynamic axis.
     """
 
@@ -42,14 +42,14 @@ class TensorSpec:
         return f"{self.dtype} ({','.join(map(str, self.shape))})"
 
     @staticmethod
-    def of(name: str, array: NDArray[Any]) -> TensorSpec:
+    def of(name: str, array: Array) -> TensorSpec:
         """The spec of an array, all axes fixed."""
         return TensorSpec(name, str(array.dtype), array.shape)
 
-    def accepts(self, array: NDArray[Any]) -> bool:
+    def accepts(self, array: Array) -> bool:
         """Whether the array has this dtype, this rank and these fixed sizes."""
         return (
-            array.dtype == np.dtype(self.dtype)
+            str(array.dtype) == self.dtype  # numpy does not know bfloat16
             and array.ndim == len(self.shape)
             and all(
                 size == axis

@@ -7,19 +7,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from ppllava_engines.bundle import GraphSpec, TensorSpec
-from ppllava_engines.engine import check_feeds
+from ppllava_engines.engine import Array, check_feeds
 from ppllava_engines.errors import (
     DataError,
     IncompatibleError,
     InternalError,
     NotFoundError,
+    UnavailableError,
     UsageError,
 )
+from ppllava_engines.native import CUSTOM_OPS, find_library
 
 _NUMPY_NAMES = {
     "tensor(float)": "float32",
@@ -39,6 +42,8 @@ def open_session(
     """An ONNX Runtime session for the graph at `path`, on the CPU.
 
     A graph typed float16 runs as well: where the CPU has no float16 kernel, ORT inserts casts.
+    Pooling runs in this package's own kernel if that was compiled, else as the function of plain
+    ops that the graph brings along, which takes several times as long.
 
     Args:
         path: An ONNX file, with its external data beside it.
@@ -51,6 +56,7 @@ def open_session(
         DataError: The file is not a graph that ORT can load.
         IncompatibleError: ORT's CPU has no kernel for a type in the graph, e.g. bfloat16.
         NotFoundError: There is no such file.
+        UnavailableError: This package's own kernel was compiled, but cannot be loaded.
         UsageError: `threads` is not positive.
     """
     if threads is not None and threads < 1:
@@ -77,6 +83,7 @@ def open_session(
         # In the default order every cast of a weight runs before the first layer does.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = _FATAL_ONLY
+    _register_custom_ops(options)
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except NoKernel as error:
@@ -87,6 +94,19 @@ def open_session(
     except Exception as error:  # ORT's exceptions share no base class
         raise DataError(
             f"{path}: ONNX Runtime cannot load this graph, export it again: {error}"
+        ) from error
+
+
+def _register_custom_ops(options: ort.SessionOptions) -> None:
+    library = find_library(CUSTOM_OPS)
+    if library is None:
+        return
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise UnavailableError(
+            f"{library}: ONNX Runtime cannot load the op that was compiled here, install "
+            f"ppllava-edge again: {error}"
         ) from error
 
 
@@ -101,7 +121,7 @@ class OnnxRuntimeEngine:
 
     Raises:
         DataError: The file is no graph, or its inputs and outputs are not those of `spec`.
-        IncompatibleError, NotFoundError, UsageError: As in `open_session`.
+        IncompatibleError, NotFoundError, UnavailableError, UsageError: As in `open_session`.
     """
 
     def __init__(
@@ -133,14 +153,25 @@ class OnnxRuntimeEngine:
         """What `run` gives back."""
         return self._spec.outputs
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Every output by name; see `Engine.run`."""
+    def run(
+        self, feeds: Mapping[str, Array], keep: Mapping[str, Array] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Every output by name but those in `keep`; see `Engine.run`."""
         check_feeds(self._name, self._spec.inputs, feeds)
         names = [spec.name for spec in self._spec.outputs]
         try:
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+            found = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         except Exception as error:
             raise InternalError(f"{self._name}: ONNX Runtime failed: {error}") from error
+        for name, target in (keep or {}).items():
+            np.copyto(np.asarray(target), found.pop(name))
+        return found
+
+    def empty(self, name: str, size: int) -> NDArray[Any]:
+        """Room for the output `name`; see `Engine.empty`."""
+        spec = next(spec for spec in self._spec.outputs if spec.name == name)
+        fixed = [axis for axis in spec.shape[1:] if isinstance(axis, int)]
+        return np.empty((size, *fixed), spec.dtype)
 
 
 def _tensor_spec(node: ort.NodeArg) -> TensorSpec:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines import strict_json
+from ppllava_engines.bundle import Bundle
 from ppllava_engines.engine import open_engine
 from ppllava_engines.errors import DataError, IncompatibleError, InternalError
 from ppllava_engines.samples import Samples, prompt_embeds
@@ -24,7 +25,7 @@ from ppllava_engines.samples import Samples, prompt_embeds
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ppllava_engines.bundle import DecoderSpec, GraphSpec, ModelSpec, Precision
+    from ppllava_engines.manifest import DecoderSpec, GraphSpec, ModelSpec, Precision
 
 Array = NDArray[Any]
 
@@ -123,13 +124,13 @@ def replay(
     One graph is loaded at a time.
 
     Args:
-        folder: Holds the files of `graphs` and `decoder`.
+        folder: Holds the files of `graphs` and `decoder`; for "tensorrt" it is a bundle with plans.
         samples: Of the same export.
         model: Says how frames are normalised.
         graphs: vision, text and pool.
         decoder: The decoder.
         precision: Decides the limits.
-        device: As in `engine.open_engine`.
+        device: As in `Bundle.engine`.
         threads: The same.
         lean: Whether float weights stay mapped from their files, which is slower; see
             `onnxruntime.open_session`. Quantized graphs run as ever: unfused, their weights would
@@ -143,6 +144,8 @@ def replay(
     """
 
     def run(name: str, **feeds: Array) -> dict[str, Array]:
+        if device == "tensorrt":
+            return Bundle.open(folder).engine(name, device=device).run(feeds)
         spec = graphs[name]
         mapped = lean and not (name == "vision" and precision.vision != "float")
         engine = open_engine(folder / spec.path, spec, device, threads, lean=mapped)
@@ -166,7 +169,11 @@ def replay(
     prompt = (samples.prompt_before, samples.pooled, samples.prompt_after)
     embeds = prompt_embeds(folder / decoder.embedding, decoder.max_positions, *prompt)
     lean = lean and precision.decoder == "float"
-    yield stage("logits", _last_logits(folder, decoder, embeds, threads, lean))
+    if device == "tensorrt":
+        logits = _last_logits_of_plans(folder, embeds)
+    else:
+        logits = _last_logits(folder, decoder, embeds, threads, lean)
+    yield stage("logits", logits)
 
 
 def _limits(name: str, precision: Precision, samples: Samples) -> dict[str, float]:
@@ -207,6 +214,15 @@ def _last_logits(
             raise InternalError(f"decoder: ONNX Runtime failed: {error}") from error
         logits: Array = past.pop("logits")
     return logits[:, -1]
+
+
+def _last_logits_of_plans(folder: Path, embeds: Array) -> Array:
+    """The same on a GPU, by the bundle's plan."""
+    from ppllava_engines.tensorrt.cache import CachedDecoder
+
+    cache = CachedDecoder.open(Bundle.open(folder)).cache(embeds.shape[1])
+    cache.run(embeds[0, :-1], 0)
+    return cache.run(embeds[0, -1:], embeds.shape[1] - 1)[None]
 
 
 @dataclass(frozen=True)

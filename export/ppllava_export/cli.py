@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ppllava_engines.errors import run_command
+from ppllava_engines.errors import PPLLaVAError, run_command
 
 from . import STAGES, export_bundle
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
             overwrite=args.overwrite,
             on_stage=on_stage,
         )
+    _build_plans(args.out)
     from rich.console import Console
 
     from ppllava_engines.parity import Parity
@@ -51,6 +52,31 @@ def main(argv: Sequence[str]) -> None:
 
         if warning := OpenClipSpec.parse(args.clip).warning():
             print(f"warning: {warning}", file=sys.stderr)
+
+
+def _build_plans(out: Path) -> None:
+    """Builds the bundle's plans where TensorRT and a GPU are; elsewhere it does nothing, at once.
+
+    The bundle is whole already: when the build fails, that is said and the export has succeeded.
+    """
+    from ppllava_engines.devices import find_gpu
+    from ppllava_engines.tensorrt.builder import is_installed
+
+    if not is_installed("tensorrt") or find_gpu() is None:
+        return
+    from ppllava_engines import build
+    from ppllava_engines.bundle import Bundle
+    from ppllava_engines.tensorrt.tasks import build_plans
+
+    print("TensorRT and a GPU are here: building plans, as ppllava-build does", file=sys.stderr)
+    try:
+        bundle = Bundle.open(out)
+        task = build.task_here(bundle.manifest, build.machine_here("tensorrt"))
+        plans = build_plans(bundle, task)
+    except PPLLaVAError as error:
+        print(f"warning: no plans were built, the bundle is whole: {error}", file=sys.stderr)
+    else:
+        print(f"plans: {plans.path}", file=sys.stderr)
 
 
 def run() -> int:

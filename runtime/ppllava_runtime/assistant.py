@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle
-from ppllava_engines.engine import Engine
+from ppllava_engines.engine import DEVICES, Engine
 from ppllava_engines.errors import InternalError, UsageError
 from ppllava_runtime.answer import Answer, Counts, Stopwatch
 from ppllava_runtime.anyres import Tiling
@@ -35,21 +35,29 @@ class Assistant:
     Args:
         bundle: The exported model.
         threads: Threads that work on one operator; None is one per core.
+        device: "cpu", or "tensorrt" for a GPU, where ppllava-build made plans of the bundle.
+
+    Raises:
+        UsageError: Another device.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, device: str = "cpu") -> None:
+        if device not in DEVICES:
+            raise UsageError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
         self.bundle = bundle
         self.model = bundle.manifest.model
         self.threads = threads
+        self.device = device
 
     @staticmethod
-    def open(path: str | Path, threads: int | None = None) -> Assistant:
+    def open(path: str | Path, threads: int | None = None, device: str = "cpu") -> Assistant:
         """The assistant for the bundle in the folder `path`.
 
         Raises:
             DataError, IncompatibleError, NotFoundError: See `Bundle.open`.
+            UsageError: A device that is not known.
         """
-        return Assistant(Bundle.open(path), threads)
+        return Assistant(Bundle.open(path), threads, device)
 
     def load(self) -> Assistant:
         """This assistant, with all of its bundle opened: from then on the folder may change.
@@ -57,7 +65,8 @@ class Assistant:
         Raises:
             DataError: Some file in the bundle is damaged.
             IncompatibleError: A bundle that was exported without tokenizers.
-            UnavailableError: A package is missing.
+            NotFoundError: No plans were built for the device.
+            UnavailableError: A package or the device is missing.
         """
         _ = self.prompts, self.vision, self.text, self.pool, self.newline, self.decoder
         return self
@@ -144,17 +153,17 @@ class Assistant:
     @cached_property
     def vision(self) -> Engine:
         """pixel_values → keys, hidden."""
-        return self.bundle.engine("vision", threads=self.threads)
+        return self._engine("vision")
 
     @cached_property
     def text(self) -> Engine:
         """input_ids → text_embed."""
-        return self.bundle.engine("text", threads=self.threads)
+        return self._engine("text")
 
     @cached_property
     def pool(self) -> Engine:
         """keys, hidden, text_embed, kernel, stride → pooled, relevance."""
-        return self.bundle.engine("pool", threads=self.threads)
+        return self._engine("pool")
 
     @cached_property
     def newline(self) -> NDArray[Any] | None:
@@ -168,6 +177,10 @@ class Assistant:
     @cached_property
     def decoder(self) -> Decoder:
         """prompt_embeds → ids."""
+        if self.device == "tensorrt":
+            from ppllava_runtime.decoders.tensorrt import TensorRTDecoder
+
+            return TensorRTDecoder(self.bundle)
         from ppllava_runtime.decoders.onnxruntime import OnnxRuntimeDecoder
 
         return OnnxRuntimeDecoder.open(self.bundle, self.threads)
@@ -176,6 +189,9 @@ class Assistant:
     def prompts(self) -> PromptBuilder:
         """Question → ids, ids → text."""
         return PromptBuilder.open(self.bundle)
+
+    def _engine(self, name: str) -> Engine:
+        return self.bundle.engine(name, device=self.device, threads=self.threads)
 
     def _check_at_most(self, what: str, count: int) -> None:
         most = self.model.max_frames

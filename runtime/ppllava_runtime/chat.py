@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from ppllava_engines.engine import DEVICES
 from ppllava_engines.errors import StorageError, UnavailableError, UsageError, run_command
 from ppllava_runtime.answer import Answer
 from ppllava_runtime.assistant import DEFAULT_MAX_NEW_TOKENS, Assistant, Video
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     if options.heatmap:
         _check_heatmap(options.heatmap, files)
     # All of the bundle now: it may be replaced while a person types.
-    assistant = Assistant.open(options.bundle, options.threads).load()
+    assistant = Assistant.open(options.bundle, options.threads, options.device).load()
     ask: Callable[..., Answer] = assistant.ask
     info = ClipInfo.of_stills(0)
     if files:
@@ -262,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest share")
     add("--top-k", type=int, default=0, metavar="K", help="sample among so many tokens")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    add("--device", choices=DEVICES, default="cpu",
+        help="tensorrt is a GPU, and needs ppllava-build (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: one per core")
     add("--json", action="store_true", help="one JSON object per answer")
     return parser

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle
+from ppllava_engines.engine import DEVICES
 from ppllava_engines.errors import DataError, InternalError, UsageError, run_command
 from ppllava_engines.parity import Stage, replay
 from ppllava_engines.samples import Samples
@@ -117,7 +118,9 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        report = check_bundle(options.bundle, video=options.video, threads=options.threads)
+        report = check_bundle(
+            options.bundle, video=options.video, threads=options.threads, device=options.device
+        )
     except DataError as error:
         verdict = f"unsound: {error}"
         record = {"bundle": str(options.bundle), "verdict": verdict}
@@ -135,19 +138,22 @@ def main(argv: Sequence[str]) -> int:
     return 0 if report.verdict == "sound" else InternalError.exit_code
 
 
-def check_bundle(path: Path, *, video: Path | None = None, threads: int | None = None) -> Report:
+def check_bundle(
+    path: Path, *, video: Path | None = None, threads: int | None = None, device: str = "cpu"
+) -> Report:
     """What there is to find out about the bundle in the folder `path`.
 
     Args:
         path: The bundle.
         video: A clip to look at instead of a made one.
         threads: Threads that work on one operator; None is one per core.
+        device: The one to check, as in `Assistant`.
 
     Raises:
         DataError: A file that is not the one that was exported, or not what it must be.
         IncompatibleError: Another schema version, or a type that this backend has no kernels for.
-        NotFoundError: No such folder or video.
-        UnavailableError: A package is missing.
+        NotFoundError: No such folder or video, or no plans for the device.
+        UnavailableError: A package or the device is missing.
     """
     bundle = Bundle.open(path, verify="full")
     manifest = bundle.manifest
@@ -165,11 +171,12 @@ def check_bundle(path: Path, *, video: Path | None = None, threads: int | None =
             graphs=manifest.graphs,
             decoder=manifest.decoder,
             precision=manifest.precision,
+            device=device,
             threads=threads,
         ):
             stages.append(stage)
             findings.append(_stage_finding(stage))
-        findings += _watch(Assistant(bundle, threads), samples, stages, video, answers)
+        findings += _watch(Assistant(bundle, threads, device), samples, stages, video, answers)
     except InternalError as error:
         findings.append(Finding("running", "bad", str(error)))
     return Report(str(path), str(manifest.precision), tuple(stages), tuple(findings), answers)
@@ -338,6 +345,8 @@ def _parser() -> argparse.ArgumentParser:
     add("bundle", type=Path, metavar="BUNDLE", help="folder made by ppllava-export")
     add("--video", type=Path, metavar="PATH", help="clip to look at (default: one that is made)")
     add("--json", action="store_true", help="one JSON object instead of the table")
+    add("--device", choices=DEVICES, default="cpu",
+        help="tensorrt is a GPU, and needs ppllava-build (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: one per core")
     return parser
 

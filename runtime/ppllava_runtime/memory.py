@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import ModelSpec
-from ppllava_engines.engine import Engine
+from ppllava_engines.engine import Array, Engine
 from ppllava_runtime.anyres import Tiling
 from ppllava_runtime.window import (
     Axes,
@@ -35,8 +35,8 @@ class Memory:
 
     Attributes:
         kind: Which of these; None is nothing at all.
-        keys: (T,L,P), what a question is compared with; float32 or float16 as the bundle. T counts
-            frames of a video, views of a picture or pictures.
+        keys: (T,L,P), what a question is compared with; float32 or float16 as the bundle, and on
+            the device of its engines. T counts frames of a video, views of a picture or pictures.
         hidden: (T,L,D), what is pooled; the same dtype.
         grid: Patches (h,w) of a frame; L = h·w.
         timestamps: (T,) float64, seconds since the first frame of the file; 0 of pictures.
@@ -46,8 +46,8 @@ class Memory:
     """
 
     kind: Kind | None
-    keys: NDArray[Any]
-    hidden: NDArray[Any]
+    keys: Array
+    hidden: Array
     grid: tuple[int, int]
     timestamps: NDArray[np.float64]
     thumbnails: tuple[NDArray[np.uint8], ...]
@@ -136,8 +136,8 @@ def encode(
     pixel_values: NDArray[np.float32],
     frames_per_run: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Keys (T,L,P) and hidden (T,L,D) of all frames.
+) -> tuple[Array, Array]:
+    """Keys (T,L,P) and hidden (T,L,D) of all frames, on the engine's device.
 
     Args:
         vision: The engine of the vision graph.
@@ -147,7 +147,8 @@ def encode(
     """
     num_frames = len(pixel_values)
     values = pixel_values.astype(vision.inputs[0].dtype, copy=False)
-    whole: dict[str, NDArray[Any]] = {}
+    # Filled in place: hidden may be hundreds of megabytes.
+    whole = {spec.name: vision.empty(spec.name, num_frames) for spec in vision.outputs}
     step = frames_per_run or _FRAMES_PER_RUN
     if frames_per_run == num_frames == _NUM_COLOURS:
         # Such a graph computes what the reference does, which takes the time of exactly three
@@ -156,10 +157,9 @@ def encode(
     for first in range(0, num_frames, step):
         if progress:
             progress(first, num_frames)
-        for name, part in vision.run({"pixel_values": values[first : first + step]}).items():
-            if name not in whole:  # filled in place: hidden may be hundreds of megabytes
-                whole[name] = np.empty((num_frames, *part.shape[1:]), part.dtype)
-            whole[name][first : first + step] = part
+        part = slice(first, first + step)
+        keep = {name: array[part] for name, array in whole.items()}
+        vision.run({"pixel_values": values[part]}, keep)
     if progress:
         progress(num_frames, num_frames)
     return whole["keys"], whole["hidden"]

@@ -1,4 +1,4 @@
-"""The pool op's function body against torch's pooling, over shapes, kernels and strides."""
+"""The pool op against torch's pooling, over shapes, kernels and strides: body and compiled op."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from ppllava_engines.native import CUSTOM_OPS, find_library
 from ppllava_engines.onnxruntime import open_session
 from ppllava_export.modules.pooling import strided_weighted_pool
 from ppllava_export.pool_graph import DOMAIN, FUNCTION, OP_TYPE, OPSET
@@ -32,10 +34,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["float", "float16"])
+@pytest.fixture(scope="module", params=product(["float", "float16"], ["body", "compiled"]), ids=str)
 def op(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A session of a graph that is the one node with its body, and the type of its values."""
-    dtype = request.param
+    dtype, runs = request.param
     model = onnx.parser.parse_model(f"""
         <ir_version: 11, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>
         one_node ({dtype}[T,h,w,D] hidden, float[T,h,w] weights, int64[3] kernel, int64[3] stride)
@@ -47,6 +49,10 @@ def op(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     onnx.checker.check_model(model, full_check=True)
     path = tmp_path_factory.mktemp("op") / f"{dtype}.onnx"
     onnx.save(model, str(path))
+    if runs == "body":  # a session that was told of no op
+        return ort.InferenceSession(path, providers=["CPUExecutionProvider"]), dtype
+    if find_library(CUSTOM_OPS) is None:
+        pytest.skip("NOT RUN: the op was not compiled when this package was installed")
     return open_session(path), dtype
 
 

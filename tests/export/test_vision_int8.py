@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -389,47 +385,3 @@ def test_unknown_layers_are_named() -> None:
     with pytest.raises(InternalError, match=r"b\.fc1, b\.fc2"):
         x = np.ones((1, 4), np.float32)
         quantize_vision(model, {"b.fc2": channels(x), "layer": channels(x), "b.fc1": channels(x)})
-
-
-BUILD = """
-import sys
-import tensorrt_rtx as trt
-logger = trt.Logger(trt.Logger.ERROR)
-builder = trt.Builder(logger)
-flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-network = builder.create_network(flag)
-parser = trt.OnnxParser(network, logger)
-if not parser.parse_from_file(sys.argv[1]):
-    sys.exit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
-config = builder.create_builder_config()
-config.num_compute_capabilities = 1
-config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-profile = builder.create_optimization_profile()
-taken = network.get_input(0)
-frame = tuple(taken.shape)[1:]
-profile.set_shape(taken.name, (1, *frame), (4, *frame), (8, *frame))
-config.add_optimization_profile(profile)
-plan = builder.build_serialized_network(network, config)
-print(plan.nbytes if plan else 0)
-"""
-
-
-@pytest.mark.slow
-def test_tensorrt_builds_an_engine_of_it(graph: Path, tmp_path: Path) -> None:
-    """TensorRT-RTX builds ahead of time, without a GPU; nothing of it can run here."""
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        pytest.skip("NOT RUN: TensorRT-RTX is not here: pip install tensorrt-rtx-cu13")
-    # Its parser refuses Attention's softmax_precision, and its compiler a fused fp32 Attention:
-    # both take the operator's definition instead.
-    proto = onnx.inliner.inline_selected_functions(
-        onnx.load(str(graph)), [("", "Attention")], inline_schema_functions=True
-    )
-    onnx.save(proto, tmp_path / "vision.onnx")
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(tmp_path / "vision.onnx")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) > 0, done.stderr

@@ -55,7 +55,9 @@ def test_what_a_frame_tells_depends_on_the_others_where_they_are_coupled(
     shared = set(many.info.indices) & set(few.info.indices)
     assert len(shared) > 3
     for index in shared:
-        one, other = (seen.memory.keys[seen.info.indices.index(index)] for seen in (many, few))
+        one, other = (
+            np.asarray(seen.memory.keys)[seen.info.indices.index(index)] for seen in (many, few)
+        )
         same = np.allclose(one, other, atol=1e-5)
         assert same != assistant.model.frames_coupled
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import Bundle, DecoderSpec
-from ppllava_engines.errors import InternalError, UsageError
+from ppllava_engines.errors import InternalError
 from ppllava_engines.onnxruntime import open_session
 from ppllava_runtime.arrays import load_array
-from ppllava_runtime.decoders.sampling import Sampling
+from ppllava_runtime.decoders.caching import Cache, CachingDecoder
 
 # Isolated below ppllava_engines, which must be imported first (it switches telemetry off).
 import onnxruntime as ort  # isort: skip
 
-_CACHE_STEP = 256
 
-
-class OnnxRuntimeDecoder:
+class OnnxRuntimeDecoder(CachingDecoder):
     """A Decoder; see there.
 
     Args:
@@ -32,10 +29,8 @@ class OnnxRuntimeDecoder:
     def __init__(
         self, session: ort.InferenceSession, table: NDArray[Any], spec: DecoderSpec
     ) -> None:
+        super().__init__(table, spec, spec.max_positions)
         self._session = session
-        self._table = table
-        self._spec = spec
-        self._idle: _Cache | None = None
 
     @staticmethod
     def open(bundle: Bundle, threads: int | None = None) -> OnnxRuntimeDecoder:
@@ -49,65 +44,12 @@ class OnnxRuntimeDecoder:
         table = load_array(bundle.file(spec.embedding), spec.dtype, shape)
         return OnnxRuntimeDecoder(open_session(bundle.file(spec.path), threads), table, spec)
 
-    @property
-    def max_positions(self) -> int:
-        """The most tokens of prompt and answer together."""
-        return self._spec.max_positions
-
-    def embed(self, ids: Sequence[int]) -> NDArray[Any]:
-        """(n,D): the embeddings of `ids`."""
-        return np.asarray(self._table[list(ids)])
-
-    def generate(
-        self, prompt_embeds: NDArray[Any], max_new_tokens: int, sampling: Sampling
-    ) -> Generator[int, None, None]:
-        """The ids of the answer one by one; see `Decoder.generate`."""
-        length = len(prompt_embeds)
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
-        if length >= self.max_positions:
-            raise UsageError(
-                f"the prompt is {length} tokens long and the model holds {self.max_positions} with "
-                "its answer: pool the video to fewer tokens, or shorten the question"
-            )
-        return self._generate(prompt_embeds, max_new_tokens, sampling)
-
-    def _generate(
-        self, prompt_embeds: NDArray[Any], max_new_tokens: int, sampling: Sampling
-    ) -> Generator[int, None, None]:
-        # The last id is never fed back, so it needs no place in the cache.
-        needed = min(len(prompt_embeds) + max_new_tokens - 1, self.max_positions)
-        random = np.random.default_rng(sampling.seed)
-        cache = self._take_cache(needed)
-        try:
-            embeds, length = prompt_embeds, 0
-            for _ in range(max_new_tokens):
-                logits = cache.run(embeds, length)
-                length += len(embeds)
-                token = sampling.pick(logits, random)
-                if token in self._spec.eos_token_ids:
-                    return
-                yield token
-                if length == self.max_positions:
-                    return
-                embeds = self.embed([token])
-        finally:
-            self._idle = cache
-
-    def _take_cache(self, needed: int) -> _Cache:
-        """A cache that nobody uses: an answer that was left half-way keeps its own."""
-        cache, self._idle = self._idle, None
-        if cache is None or cache.capacity < needed:
-            rounded = -(-needed // _CACHE_STEP) * _CACHE_STEP
-            cache = _Cache(self._session, self._spec, min(rounded, self.max_positions))
-        return cache
+    def _new_cache(self, capacity: int) -> Cache:
+        return _Cache(self._session, self._spec, capacity)
 
 
 class _Cache:
-    """Keys and values of up to `capacity` tokens, bound to the graph as its past and its present.
-
-    Rewinding costs nothing: a run at length n overwrites whatever came after the first n tokens.
-    """
+    """A Cache, whose memory is bound to the graph as its past and its present at once."""
 
     def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, capacity: int) -> None:
         self.capacity = capacity
