@@ -17,7 +17,7 @@ from ppllava_engines import devices, strict_json
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import IncompatibleError, UnavailableError, UsageError, run_command
 from ppllava_engines.manifest import Manifest
-from ppllava_engines.tensorrt.profiles import DEFAULT_TOKENS, prompt_tokens
+from ppllava_engines.tensorrt.profiles import DEFAULT_TOKENS, FRAMES_PER_RUN, PART_OF_PROMPT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +30,9 @@ _GB = 1e9
 # the desktop, the system and this program share the memory; on a card there is CUDA's context.
 _SYSTEM_BYTES = 1_500_000_000
 _CONTEXT_BYTES = 600_000_000
-# TensorRT-RTX 1.7.1 took 2.2 GB of the host for a plan of 0.6 GB; other builders are not known.
-_BUILDER_FACTOR = 3.7
+# TensorRT-RTX 1.7.1 took 2.9 to 3.5 times the weights of graphs of 1 GB or more (docs/tensorrt.md),
+# which says nothing of other builders.
+_BUILDER_FACTOR = 3.5
 _HEAD_WIDTH = 64  # of the vision and text towers that are known here
 _BITS = {"float": 16.0, "int8": 8.5, "int4": 4.5}  # per weight, scales included
 
@@ -190,9 +191,7 @@ def _estimate(manifest: Manifest, device: Device, frames: int, tokens: int) -> E
     cache = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * tokens * cache_bytes
     parts = [Part("system and this program" if device.integrated else "CUDA", base, "assumed")]
     parts += [Part(f"weights of {name}", size, "file") for name, size in weights.items()]
-    if device.integrated:  # mapped, and read row by row: on a card it stays in the host's memory
-        table_bytes = manifest.files[decoder.embedding].size
-        parts.append(Part("token embeddings", table_bytes, "file"))
+    # Not the token embeddings: their file is mapped, and a row of it read where it is needed.
     parts += [
         Part(f"KV cache of {tokens} tokens", cache, "shape"),
         Part(f"keys and hidden of {frames} frames", video, "shape"),
@@ -213,6 +212,7 @@ def _file_bytes(manifest: Manifest, path: str) -> int:
 def _vision_bytes(manifest: Manifest, frames: int, float_bytes: int) -> int:
     # The widest point of a layer is its attention, if the scores are written out, or its MLP.
     model = manifest.model
+    frames = frames if model.frames_coupled else min(frames, FRAMES_PER_RUN)
     tokens, width = math.prod(model.grid) + 1, model.vision_width
     heads = max(1, width // _HEAD_WIDTH)
     per_frame = tokens * (2 * width + 4 * width + 2 * heads * tokens)
@@ -231,9 +231,9 @@ def _pool_bytes(manifest: Manifest, frames: int, float_bytes: int) -> int:
 def _decoder_bytes(manifest: Manifest, tokens: int, float_bytes: int) -> int:
     decoder = manifest.decoder
     heads = max(1, decoder.width // decoder.head_dim)
-    prompt = min(prompt_tokens(manifest.model), tokens)
-    scores = 2 * heads * prompt * prompt * 4
-    return scores + 8 * prompt * decoder.width * float_bytes + decoder.vocab_size * 4
+    part = min(PART_OF_PROMPT, tokens)  # each takes fp32 scores, and shares of the floats' type
+    scores = heads * part * (tokens + part) * (4 + float_bytes)
+    return scores + 8 * part * decoder.width * float_bytes + decoder.vocab_size * 4
 
 
 def _remedies(manifest: Manifest, device: Device, found: Estimate) -> list[str]:
@@ -257,9 +257,9 @@ def _remedies(manifest: Manifest, device: Device, found: Estimate) -> list[str]:
         if smaller < decoder and after <= device.memory_bytes:
             remedies.append(f"export with --decoder {kind}")
             break
-    others = found.parts[0].num_bytes + round(_BUILDER_FACTOR * max(weights.values()))
-    if max(found.run_bytes, others) <= device.memory_bytes:
-        remedies.append(f"build with --graphs {' '.join(weights)} and run the decoder on the CPU")
+    if device.integrated and found.run_bytes <= device.memory_bytes:
+        missing = math.ceil((found.build_bytes - device.memory_bytes) / _GB)
+        remedies.append(f"add {missing} GB of swap while the plans are built")
     return remedies
 
 

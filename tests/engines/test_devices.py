@@ -129,10 +129,12 @@ def test_memory_follows_from_files_and_shapes(folder: Path) -> None:
     assert sizes["weights of vision"].basis == "file"
     assert sizes["KV cache of 2048 tokens"].num_bytes == 2 * 32 * 32 * 128 * 2048 * 2
     assert sizes["keys and hidden of 32 frames"].num_bytes == 32 * 576 * (768 + 4096) * 2
-    assert "token embeddings" not in sizes
     assert {part.basis for part in found.parts} == {"file", "shape", "estimate", "assumed"}
-    board = estimate(manifest, Device("board", 128 * GB, integrated=True))
-    assert "token embeddings" in {part.name for part in board.parts}
+    # Their file is mapped, and goes where memory is needed.
+    assert not any("embeddings" in name for name in sizes)
+    # Frames are looked at a few at a time, unless they see each other.
+    more = estimate(manifest, Device("card", 24 * GB, integrated=False), frames=64, tokens=2048)
+    assert sizes["activations of vision"] in more.parts
 
 
 @pytest.mark.parametrize("option", ["frames", "tokens"])
@@ -156,7 +158,7 @@ def test_a_7b_model_in_half_precision_is_told_to_quantize_its_decoder(folder: Pa
     found = estimate(manifest, Device("board", 20 * GB, integrated=True), frames=16, tokens=2048)
     assert found.remedies == (
         "export with --decoder int4",
-        "build with --graphs scale vision and run the decoder on the CPU",
+        "add 29 GB of swap while the plans are built",
     )
 
 

@@ -273,9 +273,9 @@ class TestCoupledTower:
         counts: list[int] = []
         run = assistant.vision.run
 
-        def counted(feeds: dict[str, Array]) -> dict[str, Array]:
+        def counted(feeds: dict[str, Array], keep: dict[str, Array]) -> dict[str, Array]:
             counts.append(len(feeds["pixel_values"]))
-            return run(feeds)
+            return run(feeds, keep)
 
         monkeypatch.setattr(assistant.vision, "run", counted)
         monkeypatch.setattr(

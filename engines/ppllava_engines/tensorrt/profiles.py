@@ -13,10 +13,10 @@ Range = tuple[Shape, Shape, Shape]
 
 DEFAULT_TOKENS = 4096
 # As the runtime encodes frames that do not see each other.
-_FRAMES_PER_RUN = 4
+FRAMES_PER_RUN = 4
 # The runtime takes a longer prompt in parts. Scores of n new tokens with c cached ones take some
 # 6·heads·n·(c + n) bytes of activations: half a gigabyte for these, c of 4,096 and 32 heads.
-_PART_OF_PROMPT = 512
+PART_OF_PROMPT = 512
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def graph_profiles(
     usual_frames = min(model.default_frames, most_frames)
     text = (1, min(16, model.text_positions), model.text_positions)
     if name == "vision":
-        at_once = min(_FRAMES_PER_RUN, most_frames)
+        at_once = min(FRAMES_PER_RUN, most_frames)
         usual, most = (usual_frames, most_frames) if model.frames_coupled else (at_once, at_once)
         axes = {"frames": {"T": (1, usual, most)}}
     elif name == "pool":
@@ -87,7 +87,7 @@ def graph_profiles(
         axes = {"question": {"n": text}}
     else:
         # An empty cache is passed as one masked position: TensorRT has no use for empty tensors.
-        usual, part = min(prompt_tokens(model), capacity), min(_PART_OF_PROMPT, capacity)
+        usual, part = min(prompt_tokens(model), capacity), min(PART_OF_PROMPT, capacity)
         seen = capacity if usual > part else 1
         axes = {
             "prefill": {"n": (1, min(usual, part), part), "c": (1, seen, capacity)},
