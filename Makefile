@@ -3,7 +3,7 @@
 # make lint   the first two of these
 # make fire   an export that is killed, or runs out of disk, at every single write: some 20 minutes
 # make tensorrt-tools   TensorRT's headers, libraries and bindings that tests without a GPU use
-# make verify-tensorrt  what of TensorRT is too slow for `make test`: some 40 minutes, 24 GB of disk
+# make verify-tensorrt  what of TensorRT is too slow for `make test`: some 25 minutes, 24 GB of disk
 # Each makes .venv and installs what it needs, at the versions of constraints.txt; TensorRT's are in
 # tests/tensorrt/tools, where one package has several.
 
