@@ -39,7 +39,7 @@ fire: $(VENV)/.test
 tensorrt-tools: $(TOOLS:%=$(VENV)/tensorrt/%)
 
 verify-tensorrt: $(VENV)/.test tensorrt-tools $(VENV)/tensorrt/edge-llm
-	$(BIN)/pytest tests/native tests/tensorrt
+	PATH="$(abspath $(BIN)):$$PATH" pytest tests/native tests/tensorrt
 	nice $(BIN)/python -m benchmarks.tensorrt_builds build/tensorrt
 
 clean:

@@ -34,7 +34,6 @@ from ppllava_engines.tensorrt.plans import (
     Options,
     PlanSpec,
     Record,
-    bundle_seal,
     new_plans,
 )
 from ppllava_engines.tensorrt.profiles import Profile, graph_profiles
@@ -337,7 +336,7 @@ def write_plans(
     baked = pool_node != "inputs"
     machine = Machine(gpu="Double", compute_capability=(8, 7), library="tensorrt",
                       version=VERSION, integrated=False, memory_bytes=MEMORY)  # fmt: skip
-    seal = bundle_seal(bundle)
+    seal = bundle.manifest.seal
     record = Record(machine=machine, bundle_sha256=seal, options=Options(), graphs={})
     with new_plans(bundle, record.name) as staging:
         for name in ("vision", "text", "pool", "decoder"):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -19,6 +18,7 @@ from ppllava_engines.bundle import Bundle
 from ppllava_engines.devices import Recipe
 from ppllava_engines.errors import UnavailableError, UsageError, run_command
 from ppllava_engines.manifest import Axes, Manifest
+from ppllava_engines.progress import stage_bar
 from ppllava_engines.tensorrt.builder import PIP, is_installed, library_version
 from ppllava_engines.tensorrt.graphs import GRAPHS
 from ppllava_engines.tensorrt.plans import (
@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     library: Library = "tensorrt_rtx" if args.library == "rtx" else "tensorrt"
     bundle = Bundle.open(args.bundle)
     task = _task(args, bundle.manifest, library)
-    with _progress(len(task.graphs)) as on_stage:
+    with stage_bar("building", len(task.graphs)) as show:
+        on_stage = (lambda name, at: show(f"{name}: {at}", at == FIRST_STAGE)) if show else None
         plans = build_plans(bundle, task, on_stage)
     from rich.console import Console
 
@@ -262,26 +263,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--version-compatible", action="store_true",
         help="let newer minor versions of TensorRT load the plans")  # fmt: skip
     return parser
-
-
-@contextmanager
-def _progress(num_graphs: int) -> Iterator[Callable[[str, str], None] | None]:
-    """Yields what to call at each stage: a bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("building", total=num_graphs, completed=-1)
-
-        def on_stage(graph: str, at: str) -> None:
-            bar.update(task, description=f"{graph}: {at}", advance=int(at == FIRST_STAGE))
-
-        yield on_stage
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ppllava_engines import strict_json
 from ppllava_engines.errors import DataError, IncompatibleError
+from ppllava_engines.sealed_json import Format
 
 if TYPE_CHECKING:
     from ppllava_engines.engine import Array
@@ -18,7 +18,6 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FAMILIES = ("clip", "siglip")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool")
-_SEAL = "manifest_sha256"
 _CHUNK_BYTES = 1 << 20
 
 Axes = tuple[int, int, int]
@@ -310,37 +309,32 @@ class Manifest:
         if unlisted:
             raise DataError(f"{MANIFEST}: files does not list {', '.join(map(repr, unlisted))}")
 
+    @property
+    def seal(self) -> str:
+        """The hash by which it is sealed; another one is another bundle's."""
+        return _format().seal_of(self)
+
     def to_json(self) -> str:
         """The text that `from_json` reads back to an equal manifest, sealed by its own hash."""
-        text = strict_json.dumps(self)
-        return strict_json.dumps({_SEAL: _hash_of(json.loads(text))} | json.loads(text))
+        return _format().dumps(self)
 
     @staticmethod
     def from_json(text: str, source: str = MANIFEST) -> Manifest:
         """The manifest of `text`; `source` names it in errors.
+
+        Sealed, because a wrong special id or template breaks no file and no graph: only answers.
 
         Raises:
             DataError: Not JSON, a key or value that does not belong, which it names, or one that
                 was changed since the export.
             IncompatibleError: Another schema version, or a family this release does not know.
         """
-        value = strict_json.loads(text, source)
-        # The version comes first: of another one, nothing else is known.
-        version = value.get("schema_version") if isinstance(value, dict) else None
-        if type(version) is int and version != SCHEMA_VERSION:
-            raise IncompatibleError(
-                f"{source}: schema_version is {version}, this release reads {SCHEMA_VERSION}: "
-                "export the checkpoint again"
-            )
-        seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
-        manifest = strict_json.decode(Manifest, value, source)
-        # A wrong special id or template breaks no file and no graph: only the answers.
-        if seal != _hash_of(value):
-            raise DataError(
-                f"{source}: it was changed since the export: copy the bundle or export the "
-                "checkpoint again"
-            )
-        return manifest
+        return _format().loads(text, source)
+
+
+def _format() -> Format[Manifest]:
+    advice = "copy the bundle or export the checkpoint again"
+    return Format(Manifest, SCHEMA_VERSION, "manifest_sha256", "the export", advice)
 
 
 def refuse_escape(name: str) -> None:
@@ -353,9 +347,3 @@ def refuse_escape(name: str) -> None:
     plain = name == str(path) and "\\" not in name and "\0" not in name and name != "."
     if not plain or path.is_absolute() or ".." in path.parts:
         raise DataError(f"{json.dumps(name)} is not a plain path inside the bundle")
-
-
-def _hash_of(value: dict[str, Any]) -> str:
-    """The SHA-256 in hexadecimal of a JSON object, however it is laid out."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from ppllava_engines.errors import PPLLaVAError, run_command
+from ppllava_engines.progress import stage_bar
 
 from . import STAGES, export_bundle
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: `--help`, or arguments that are not understood.
     """
     args = _parser().parse_args(argv)
-    with _progress() as on_stage:
+    with stage_bar("exporting", len(STAGES)) as show:
         export_bundle(
             args.checkpoint,
             args.out,
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
             clip=args.clip,
             skip_tokenizer=args.skip_tokenizer,
             overwrite=args.overwrite,
-            on_stage=on_stage,
+            on_stage=(lambda stage: show(stage, True)) if show else None,
         )
     _build_plans(args.out)
     from rich.console import Console
@@ -117,28 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-tokenizer", action="store_true", help="export a checkpoint without tokenizer files")
     add("--overwrite", action="store_true", help="replace the bundle that is in OUT")
     return parser
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None] | None]:
-    """Yields what to call at each stage: a bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    # The stream itself: libraries are kept quiet by swapping sys.stderr meanwhile.
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, redirect_stdout=False,
-                  redirect_stderr=False, transient=True) as bar:  # fmt: skip
-        task = bar.add_task("exporting", total=len(STAGES), completed=-1)
-
-        def on_stage(stage: str) -> None:
-            bar.update(task, description=stage, advance=1)
-
-        yield on_stage
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppllava_engines import bundle as bundle_module
-from ppllava_engines import manifest as manifest_module
 from ppllava_engines.bundle import MANIFEST, SCHEMA_VERSION, Bundle, FileSpec, Manifest, hash_files
 from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError
+from ppllava_engines.sealed_json import hash_of
 from tiny_bundle import tiny_manifest, write_bundle
+
+SEAL = "manifest_sha256"
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +121,8 @@ def test_a_manifest_that_is_no_object_is_refused(tiny: Path, text: str, said: st
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """What is in a manifest, as the export would have written it."""
-    value = {key: item for key, item in value.items() if key != manifest_module._SEAL}
-    return {manifest_module._SEAL: manifest_module._hash_of(value), **value}
+    value = {key: item for key, item in value.items() if key != SEAL}
+    return {SEAL: hash_of(value), **value}
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -130,8 +132,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "end of answers": lambda m: m["decoder"].update(eos_token_ids=[3]),
     "no end of answers": lambda m: m["decoder"]["eos_token_ids"].clear(),
     "hash of a file": lambda m: m["files"]["samples.npz"].update(sha256="0" * 64),
-    "seal": lambda m: m.update({manifest_module._SEAL: "0" * 64}),
-    "no seal": lambda m: m.pop(manifest_module._SEAL),
+    "seal": lambda m: m.update({SEAL: "0" * 64}),
+    "no seal": lambda m: m.pop(SEAL),
 }
 
 

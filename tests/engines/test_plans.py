@@ -25,7 +25,6 @@ from ppllava_engines.tensorrt.plans import (
     Plans,
     PlanSpec,
     Record,
-    bundle_seal,
     new_plans,
 )
 from ppllava_engines.tensorrt.profiles import Profile, graph_profiles
@@ -71,7 +70,7 @@ def write_plans(
 ) -> Path:
     """The folder of plans of one graph, pool."""
     profile = Profile("frames", {"hidden": ((1, 4, 3), (8, 4, 3), (16, 4, 3))}, {})
-    fields = {"bundle_sha256": bundle_seal(bundle), "graphs": {}} | changes
+    fields = {"bundle_sha256": bundle.manifest.seal, "graphs": {}} | changes
     record = Record(machine=machine, options=options or Options(), **fields)
     with new_plans(bundle, record.name) as staging:
         (staging / "pool.plan").write_bytes(content)

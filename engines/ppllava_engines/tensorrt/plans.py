@@ -7,20 +7,19 @@ BUNDLE/plans/{gpu}-sm{compute capability}-{tensorrt|rtx}{version}/
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ppllava_engines import strict_json
 from ppllava_engines.bundle import Bundle, FileSpec, GraphSpec
 from ppllava_engines.errors import DataError, IncompatibleError, NotFoundError
 from ppllava_engines.manifest import Axes, refuse_escape
+from ppllava_engines.sealed_json import Format
 from ppllava_engines.staging import replaced_folder
 from ppllava_engines.tensorrt.profiles import Profile
 
@@ -34,7 +33,6 @@ Library = Literal["tensorrt", "tensorrt_rtx"]
 Hardware = Literal["gpu", "compute capability", "ampere+"]
 ComputeCapability = tuple[int, int]
 
-_SEAL = "plans_sha256"
 _KEYS = ("schema_version", "bundle_sha256", "graphs")  # of plans of any version
 _AMPERE: ComputeCapability = (8, 0)
 # What a driver reports is a little less than what was sold, and not always the same.
@@ -49,12 +47,6 @@ def sm(compute_capability: ComputeCapability) -> str:
 def same_memory(first: int, second: int) -> bool:
     """Whether two numbers of bytes may be the memory of the same machine."""
     return abs(first - second) <= _SAME_MEMORY * max(first, second)
-
-
-def bundle_seal(bundle: Bundle) -> str:
-    """The hash by which a bundle's manifest is sealed; another one is another bundle."""
-    seal: str = json.loads(bundle.manifest.to_json())["manifest_sha256"]
-    return seal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +129,7 @@ class Record:
     Attributes:
         schema_version: SCHEMA_VERSION of the release that wrote it.
         machine: Where, or for what, the plans were built.
-        bundle_sha256: `bundle_seal` of the bundle they were made of.
+        bundle_sha256: `Manifest.seal` of the bundle they were made of.
         options: See there.
         graphs: Graph → plan.
     """
@@ -158,8 +150,7 @@ class Record:
 
     def to_json(self) -> str:
         """The text that `from_json` reads back to an equal record, sealed by its own hash."""
-        text = strict_json.dumps(self)
-        return strict_json.dumps({_SEAL: _hash_of(json.loads(text))} | json.loads(text))
+        return _format().dumps(self)
 
     @staticmethod
     def from_json(text: str, source: str) -> Record:
@@ -169,24 +160,13 @@ class Record:
             DataError: Not JSON, a key or value that does not belong, or one that was changed.
             IncompatibleError: Another schema version.
         """
-        value = strict_json.loads(text, source)
-        version = value.get("schema_version") if isinstance(value, dict) else None
-        if type(version) is int and version != SCHEMA_VERSION:
-            raise IncompatibleError(
-                f"{source}: schema_version is {version}, this release reads {SCHEMA_VERSION}: "
-                "run ppllava-build again"
-            )
-        seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
-        record = strict_json.decode(Record, value, source)
-        if seal != _hash_of(value):
-            raise DataError(f"{source}: it was changed since the build: run ppllava-build again")
-        return record
+        return _format().loads(text, source)
 
     def refusal(self, seal: str, machine: Machine, plugin: str | None) -> str | None:
         """Why these plans may not be loaded there; None when they may.
 
         Args:
-            seal: `bundle_seal` of the bundle.
+            seal: `Manifest.seal` of the bundle.
             machine: Where they would be loaded.
             plugin: SHA-256 of the plugin library that is there; None without one.
         """
@@ -267,7 +247,7 @@ class Plans:
             raise NotFoundError(
                 f"bundle {bundle.path}: no plans are built: run ppllava-build {bundle.path}"
             )
-        seal = bundle_seal(bundle)
+        seal = bundle.manifest.seal
         found: list[Plans] = []
         refusals, damage = [], []
         for path in records:
@@ -356,7 +336,5 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
-def _hash_of(value: dict[str, Any]) -> str:
-    """The SHA-256 in hexadecimal of a JSON object, however it is laid out."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _format() -> Format[Record]:
+    return Format(Record, SCHEMA_VERSION, "plans_sha256", "the build", "run ppllava-build again")

@@ -23,7 +23,6 @@ from ppllava_engines.tensorrt.plans import (
     Plans,
     PlanSpec,
     Record,
-    bundle_seal,
     new_plans,
 )
 from ppllava_engines.tensorrt.profiles import graph_profiles
@@ -90,7 +89,7 @@ def build_plans(
     """
     record = Record(
         machine=task.machine,
-        bundle_sha256=bundle_seal(bundle),
+        bundle_sha256=bundle.manifest.seal,
         options=task.options,
         graphs={},
     )
