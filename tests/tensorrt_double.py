@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from mmap import mmap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,11 +104,11 @@ class Runtime:
     def get_plugin_registry(self) -> IPluginRegistry:
         return IPluginRegistry(self.loaded)
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+    def deserialize_cuda_engine(self, serialized_engine: bytes | mmap) -> ICudaEngine | None:
         if "deserialize" in self.faults:
             self._logger.log(ILogger.Severity.ERROR, self.faults["deserialize"])
             return None
-        return ICudaEngine(self, json.loads(serialized_engine))
+        return ICudaEngine(self, json.loads(bytes(serialized_engine)))
 
 
 class ICudaEngine:
@@ -207,6 +208,9 @@ class IExecutionContext:
 
     def infer_shapes(self) -> list[str]:
         assert self._profile is not None
+        if "infer" in self._runtime.faults:  # as the bindings do
+            self._refuse(self._runtime.faults["infer"])
+            raise RuntimeError("infer_shapes error code: -1")
         shapes, values = self._profile["shapes"], self._profile["values"]
         return [name for name in shapes if name not in self._shapes] + [
             name for name in values if name not in self._addresses
@@ -287,7 +291,8 @@ class Doubles:
 
     Attributes:
         cuda: The double of CUDA.
-        faults: What TensorRT fails at ("Runtime", "deserialize", "context", "execute", "capture")
+        faults: What TensorRT fails at ("Runtime", "deserialize", "context", "infer", "execute",
+            "capture")
             and what it says.
         loaded: Plugin libraries that were loaded.
     """

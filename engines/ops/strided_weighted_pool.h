@@ -102,7 +102,7 @@ PPLLAVA_HD float decay(float from, float to) { return from == to ? 1.0f : expf(f
 
 // A softmax over scores that arrive one at a time, or in parts that are merged: first `add` or
 // `merge` all of them, then ask for each score's share. Shares are normalised before they meet
-// hidden values, whose sum therefore never exceeds the largest of them. NaN and infinities come out
+// hidden values, whose sum therefore exceeds the largest of them by rounding at most. NaN and infinities come out
 // as from a softmax that sees all scores at once: NaN everywhere, but for a -inf among others.
 struct RunningSoftmax {
   float maximum = negative_infinity();

@@ -49,6 +49,11 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """The largest size of each dynamic axis, by its name, where the backend has one."""
+        ...
+
     def empty(self, name: str, size: int) -> Array:
         """Room on the device for the output `name`, whose first axis has this size."""
         ...

@@ -224,6 +224,20 @@ class ModelSpec:
                     f"of its image_size {side}: export it again"
                 )
 
+    def video_window(self, size: Axes) -> tuple[Axes, Axes]:
+        """Returns (kernel, stride) for a video of `size` tokens (T,h,w).
+
+        Where the number of windows is fixed and the video is too small for so many, there are as
+        many as there are tokens.
+        """
+        if self.pooling is None:
+            return self.kernel, self.stride
+        try:
+            return self.pooling.window(size)
+        except ValueError:
+            t, h, w = map(min, self.pooling.output, size)
+            return Pooling((t, h, w)).window(size)
+
 
 @dataclass(frozen=True)
 class Precision:

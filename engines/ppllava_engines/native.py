@@ -34,7 +34,7 @@ def get_library(name: str) -> Path:
     path = find_library(name)
     if path is None:
         raise UnavailableError(
-            f"{name} was not compiled when ppllava-edge was installed, which needs CMake and a C++ "
-            "compiler: install them, then pip install --force-reinstall --no-deps ppllava-edge"
+            f"{name} was not compiled when ppllava-edge was installed: install a C++ compiler, for "
+            "the plugin also nvcc and TensorRT's headers, then install it from its sources again"
         )
     return path

@@ -167,6 +167,11 @@ class OnnxRuntimeEngine:
             np.copyto(np.asarray(target), found.pop(name))
         return found
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """None: any size that fits into memory."""
+        return {}
+
     def empty(self, name: str, size: int) -> NDArray[Any]:
         """Room for the output `name`; see `Engine.empty`."""
         spec = next(spec for spec in self._spec.outputs if spec.name == name)

@@ -62,6 +62,9 @@ class Assistant:
     def load(self) -> Assistant:
         """This assistant, with all of its bundle opened: from then on the folder may change.
 
+        (But on "tensorrt" a pooling window that was not built is left to the bundle's own graph,
+        which is opened when the first such question comes.)
+
         Raises:
             DataError: Some file in the bundle is damaged.
             IncompatibleError: A bundle that was exported without tokenizers.
@@ -95,7 +98,8 @@ class Assistant:
         """
         stopwatch = Stopwatch()
         asked = {"frames": num_frames, "start": start, "end": end}
-        num_frames = self.model.default_frames if num_frames is None else num_frames
+        if num_frames is None:
+            num_frames = min(self.model.default_frames, self.max_frames)
         self._check_at_most("frames", num_frames)
         with stopwatch.time("decode"):
             clip = read_clip(path, num_frames, start, end)
@@ -193,10 +197,22 @@ class Assistant:
     def _engine(self, name: str) -> Engine:
         return self.bundle.engine(name, device=self.device, threads=self.threads)
 
-    def _check_at_most(self, what: str, count: int) -> None:
+    @cached_property
+    def max_frames(self) -> int:
+        """The most frames of a video, or pictures: of the model and of the plans there are."""
         most = self.model.max_frames
-        if count > most:
-            raise UsageError(f"{what} is {count}, but {self.model.name} takes at most {most}")
+        return most if self.device == "cpu" else min(most, self.pool.limits["T"])
+
+    def _check_at_most(self, what: str, count: int) -> None:
+        if count > self.model.max_frames:
+            raise UsageError(
+                f"{what} is {count}, but {self.model.name} takes at most {self.model.max_frames}"
+            )
+        if count > self.max_frames:
+            raise UsageError(
+                f"{what} is {count}, but the plans of {self.model.name} take at most "
+                f"{self.max_frames}: run ppllava-build with more --frames"
+            )
 
     def _remember(
         self,

@@ -18,7 +18,6 @@ from ppllava_runtime.window import (
     choose_pictures_window,
     choose_tile_window,
     choose_window,
-    video_window,
 )
 
 Kind = Literal["video", "image", "images"]
@@ -95,7 +94,7 @@ class Memory:
         if self.kind == "images":
             return choose_pictures_window(self.size, own, *asked)
         if self.kind == "video":
-            own = video_window(model, self.size)
+            own = Window(*model.video_window(self.size))
         return choose_window(self.size, own, *asked)
 
     def num_places(self, window: Window) -> int:

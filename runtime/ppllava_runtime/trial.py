@@ -91,7 +91,7 @@ def num_frames_for(assistant: Assistant) -> int:
     model = assistant.model
     two_windows = max(4, model.kernel[0] + model.stride[0])
     wanted = two_windows if model.pooling is None else model.default_frames
-    return min(wanted, model.max_frames)
+    return min(wanted, assistant.max_frames)
 
 
 def write_clip(path: Path, frames: NDArray[np.uint8]) -> Path:

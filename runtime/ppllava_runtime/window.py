@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
-from ppllava_engines.bundle import ModelSpec, Pooling
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.anyres import Tiling
 
@@ -29,20 +28,6 @@ class Window:
     def num_tokens(self, size: Axes) -> int:
         """The number of windows in all, N."""
         return math.prod(self.output(size))
-
-
-def video_window(model: ModelSpec, size: Axes) -> Window:
-    """The model's own window for a video of `size` tokens (T,h,w).
-
-    Where the model fixes the number of windows and the video is too small for so many, there are
-    as many as there are tokens.
-    """
-    if model.pooling is None:
-        return Window(model.kernel, model.stride)
-    try:
-        return Window(*model.pooling.window(size))
-    except ValueError:
-        return Window(*Pooling(_fitted(model.pooling.output, size)).window(size))
 
 
 def choose_window(

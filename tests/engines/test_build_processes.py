@@ -180,7 +180,7 @@ def test_a_board_builds_within_its_recipe(
         memory_bytes=ORIN_NANO.memory_bytes,
     )
     plans = Plans.find(Bundle.open(out), machine)
-    assert plans.path.name == "orin-sm87-tensorrt10.3.0"
+    assert plans.path.name == "orin-8gb-sm87-tensorrt10.3.0"
     (frames,) = plans.plan("vision").profiles
     assert [shape[0] for shape in frames.shapes["pixel_values"]] == [1, 4, 4]
     wrong = subprocess.run([*command, "--device", "agx-orin-64gb"], env=board, capture_output=True,
@@ -223,7 +223,7 @@ def test_an_export_builds_plans_only_where_tensorrt_and_a_gpu_are(
         assert not (out / FOLDER).exists()
     said = export("board", board)
     assert said.startswith("TensorRT and a GPU are here: building plans, as ppllava-build does\n")
-    assert said.endswith(f"plans: {out / FOLDER}/orin-sm87-tensorrt10.3.0\n")
+    assert said.endswith(f"plans: {out / FOLDER}/orin-8gb-sm87-tensorrt10.3.0\n")
     (tmp_path / "board/tensorrt.py").write_text(STUB.format(action="    os.abort()"))
     said = export("board", board)
     assert "warning: no plans were built, the bundle is whole: plan vision: tensorrt ended" in said

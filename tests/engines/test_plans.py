@@ -90,9 +90,21 @@ def write_plans(
     return bundle.path / FOLDER / record.name
 
 
+def test_plans_of_other_options_or_memory_have_a_folder_of_their_own(bundle: Bundle) -> None:
+    larger = replace(ORIN, memory_bytes=2 * ORIN.memory_bytes)
+    folders = [
+        write_plans(bundle),
+        write_plans(bundle, options=Options(hardware="ampere+")),
+        write_plans(bundle, options=Options(version_compatible=True)),
+        write_plans(bundle, machine=larger),
+    ]
+    assert len(set(folders)) == len(folders)
+    assert Plans.find(bundle, larger).path == folders[-1]
+
+
 def test_plans_are_found_where_they_were_built(bundle: Bundle) -> None:
     folder = write_plans(bundle, plugin=PLUGIN)
-    assert folder.name == "orin-sm87-tensorrt10.3.0"
+    assert folder.name == "orin-8gb-sm87-tensorrt10.3.0"
     plans = Plans.find(bundle, ORIN, PLUGIN)
     assert plans.path == folder
     assert plans.file("pool").read_bytes() == b"machine code"

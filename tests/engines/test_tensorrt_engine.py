@@ -276,11 +276,20 @@ class TestFailures:
             ("Runtime", UnavailableError, r"vision: TensorRT cannot start: no such thing"),
             ("deserialize", IncompatibleError, r"vision: TensorRT refuses .*: no such thing: run"),
             ("context", InternalError, r"vision: TensorRT makes no context: no such thing"),
+            ("infer", InternalError, r"vision: TensorRT infers no shapes from .*: no such thing"),
         ):
             doubles.faults[fault] = "no such\nthing"
             with pytest.raises(kind, match=sentence):
                 self.open(planned)
             doubles.faults.clear()
+
+    @pytest.mark.parametrize("fault", ["deserialize", "context"])
+    def test_tensorrt_has_too_little_memory(
+        self, planned: Bundle, doubles: Doubles, fault: str
+    ) -> None:
+        doubles.faults[fault] = "[defaultAllocator.cpp] Requested amount of GPU memory: OutOfMemory"
+        with pytest.raises(UnavailableError, match=r"^vision: the GPU's memory is used up: .* end"):
+            self.open(planned)
 
     def test_running_fails(self, planned: Bundle, doubles: Doubles) -> None:
         engine = self.open(planned)

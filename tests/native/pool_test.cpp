@@ -1,7 +1,7 @@
 // Literal and random cases, or those of a file, through every native implementation of strided
 // weighted pooling, against a plain loop in double.
 //
-// `ppllava_pool_test [FILE]`: FILE is what tests/native/test_sanitizers.py writes.
+// `ppllava_pool_test [FILE]`: FILE is what tests/native/test_ctest.py writes.
 #include "pool_test.h"
 
 #include <algorithm>

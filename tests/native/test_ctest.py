@@ -37,7 +37,7 @@ def test_sanitizers_are_on(build: Callable[[str], Path]) -> None:
     assert "__ubsan_handle_add_overflow_abort" in symbols.stdout
 
 
-def test_a_wrong_value_is_noticed(build: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_tolerance_in_the_file_is_applied(build: Callable[[str], Path], tmp_path: Path) -> None:
     case = CASES[0]
     with (tmp_path / "case").open("wb") as file:
         case.write(file)

@@ -84,6 +84,25 @@ def test_sessions_of_this_package_run_it(
     assert np.abs(pooled.astype(float) - expected).max() <= tolerance * np.abs(expected).max()
 
 
+def test_it_takes_over_from_the_body(tmp_path: Path, strict: Path) -> None:
+    """Of bfloat16: ONNX Runtime's CPU has no product of it, so the body cannot run."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 11, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>
+        one_node (float[T,h,w,D] hidden, float[T,h,w] weights, int64[3] kernel, int64[3] stride)
+        => (float[N,D] pooled) {{
+            narrow = Cast <to = {onnx.TensorProto.BFLOAT16}> (hidden)
+            made = {DOMAIN}.{OP_TYPE} <temperature = 0.01> (narrow, weights, kernel, stride)
+            pooled = Cast <to = {onnx.TensorProto.FLOAT}> (made)
+        }}
+    """)
+    model.functions.append(onnx.parser.parse_function(FUNCTION))
+    path = tmp_path / "bfloat16.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(Exception, match="MatMul"):
+        plain_session(path)
+    assert plain_session(path, strict / CUSTOM_OPS).run(None, feeds())[0].shape == (8, WIDTH)
+
+
 def test_a_graph_without_the_body_needs_it(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=OP_TYPE):
         plain_session(write_graph(tmp_path / "op.onnx"))

@@ -21,12 +21,14 @@ from ppllava_export.pool_graph import DOMAIN, FUNCTION, OP_TYPE, OPSET
 
 Pool = Callable[[PoolCase], Array]
 
+NATIVE = ("custom_op", "cpu", "cuda_on_host")
+
 # Not in the sweep: torch has no result without a window, and ONNX Runtime's CPU no product of
 # bfloat16, so that it cannot run the function body.
 SWEEP = [
     (name, case)
     for case in CASES
-    for name in ("torch", "numpy", "body", "custom_op", "cpu", "cuda_on_host")
+    for name in ("torch", "numpy", "body", *NATIVE)
     if not (name == "torch" and 0 in case.windows)
     and not (name == "body" and case.dtype == "bfloat16")
 ]
@@ -38,7 +40,7 @@ SWEEP = [
 def test_sweep(implementation: str, case: PoolCase, request: pytest.FixtureRequest) -> None:
     pool: Pool = request.getfixturevalue(implementation)
     pooled = pool(case)
-    expected, bound = case.expected()
+    expected, bound = case.expected(rounds_shares=implementation not in NATIVE)
     assert pooled.shape == expected.shape
     error = np.abs(pooled.astype(np.float64) - expected)
     assert (error <= bound).all(), f"up to {(error / bound).max():.2f} of what is allowed"
@@ -158,7 +160,8 @@ def _pool_by_c(library: Path, name: str) -> Pool:
 
     def pool(case: PoolCase) -> Array:
         hidden, weights = case.arrays()
-        pooled = np.empty((math.prod(case.windows), case.width), hidden.dtype)
+        # What nobody writes must not look right: memory is handed out again, results and all.
+        pooled = np.full((math.prod(case.windows), case.width), np.nan, hidden.dtype)
         code = function(
             ctypes.c_int(list(NUMPY).index(case.dtype)),
             ctypes.c_void_p(hidden.ctypes.data),

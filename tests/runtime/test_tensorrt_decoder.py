@@ -135,6 +135,33 @@ def test_rows_go_behind_those_that_are_there(planned: Bundle, doubles: Doubles) 
 
 
 @pytest.mark.usefixtures("doubles")
+def test_an_answer_that_overflowed_spoils_no_other(planned: Bundle) -> None:
+    decoder = CachedDecoder.open(planned)
+    table = np.load(planned.file(planned.manifest.decoder.embedding))
+    cache = decoder.cache(64)
+    expected = cache.run(table[list(PROMPT)], 0)
+    assert np.isnan(cache.run(np.full_like(table[:9], np.nan), 0)).all()
+    np.testing.assert_array_equal(cache.run(table[list(PROMPT)], 0), expected)
+
+
+@pytest.mark.usefixtures("doubles")
+def test_no_more_frames_than_plans_were_built_for(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    opened = Bundle.open(tmp_path / "bundle")
+    write_plans(opened, tmp_path / "graphs", pool_node="inputs", frames=3)
+    clip = write_video(tmp_path / "clip.mp4", numbered_frames(12))
+    assistant = Assistant(opened, device="tensorrt")
+    assert assistant.model.default_frames > 3
+    video = assistant.watch(clip)
+    assert len(video.memory.keys) == 3
+    assert video.ask("What happens?", max_new_tokens=2).ids
+    with pytest.raises(
+        UsageError, match=r"frames is 4, but the plans of .* take at most 3: run pp"
+    ):
+        assistant.watch(clip, 4)
+
+
+@pytest.mark.usefixtures("doubles")
 def test_answers_about_a_video_as_on_the_cpu(planned: Bundle, tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4", numbered_frames(12))
     said: dict[str, list[str]] = {}

@@ -19,7 +19,6 @@ from ppllava_runtime.window import (
     choose_pictures_window,
     choose_tile_window,
     choose_window,
-    video_window,
     window_within,
 )
 from tiny_bundle import tiny_manifest, write_bundle
@@ -75,13 +74,13 @@ def test_a_fixed_number_of_windows_is_kept_where_there_are_tokens(
 ) -> None:
     write_bundle(tmp_path)
     model = dataclasses.replace(tiny_manifest(tmp_path).model, pooling=pooling, grid=(24, 24))
-    assert video_window(model, FULL) == DEFAULT
+    assert Window(*model.video_window(FULL)) == DEFAULT
     for num_frames in range(1, 65):
         size = (num_frames, 24, 24)
-        window = video_window(model, size)
+        window = Window(*model.video_window(size))
         assert window.output(size) == (min(num_frames, 16), 8, 8)
     plain = dataclasses.replace(model, pooling=None)
-    assert video_window(plain, FULL) == Window(plain.kernel, plain.stride)
+    assert plain.video_window(FULL) == (plain.kernel, plain.stride)
 
 
 @given(

@@ -57,7 +57,8 @@ def pool(cuda: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     function = ctypes.CDLL(str(library)).strided_weighted_pool_cuda_on_host
 
     def run(case: PoolCase, hidden: Array, weights: Array) -> Array:
-        pooled = aligned(np.empty((int(np.prod(case.windows)), case.width), hidden.dtype))
+        shape = (int(np.prod(case.windows)), case.width)
+        pooled = aligned(np.full(shape, np.nan, hidden.dtype))
         code = function(
             list(NUMPY).index(case.dtype),
             ctypes.c_void_p(hidden.ctypes.data),
@@ -78,7 +79,7 @@ def pool(cuda: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
 @pytest.mark.parametrize("case", CASES, ids=map(str, CASES))
 def test_the_kernel_is_right(case: PoolCase, pool: Pool) -> None:
     hidden, weights = case.arrays()
-    expected, bound = case.expected()
+    expected, bound = case.expected(rounds_shares=False)
     error = np.abs(pool(case, aligned(hidden), weights).astype(np.float64) - expected)
     assert (error <= bound).all(), f"up to {(error / bound).max():.2f} of what is allowed"
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ PIP = {
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
 }
 _PR_SET_PDEATHSIG = 1
+_MEMORY_MARKS = ("out of memory", "outofmemory", "insufficient workspace")
 _MOST_SAID = 300  # characters of what TensorRT said in an error
 
 
@@ -196,6 +197,11 @@ def _crash(request: Request, code: int, said: str) -> PPLLaVAError:
     return InternalError(
         f"plan {request.graph}: {request.library} ended by {what}{last}: please report it"
     )
+
+
+def is_out_of_memory(said: Iterable[str]) -> bool:
+    """Whether one of the things that TensorRT said is that memory was used up."""
+    return any(mark in text.lower() for text in said for mark in _MEMORY_MARKS)
 
 
 def out_of_memory(graph: str) -> UnavailableError:

@@ -87,8 +87,6 @@ class Cache:
         self._decoder = decoder
         plan, size = decoder._plan, decoder._layout.num_bytes(capacity)
         self._buffer = plan.device.allocate(size, f"keys and values of {capacity} tokens")
-        # What is masked is multiplied by zero, so it must be numbers.
-        plan.device.clear(self._buffer.pointer, size)
         self._step = plan.execution(decoder._step)
         self._past = decoder._layout.addresses(self._buffer.pointer, capacity)
 
@@ -105,6 +103,10 @@ class Cache:
                 f"{self.capacity} together"
             )
         decoder, most = self._decoder, self._decoder._most_at_once
+        if not length:
+            # What is masked is multiplied by zero, so it must be numbers: an answer that overflowed
+            # would spoil all that come after it.
+            decoder._plan.device.clear(self._buffer.pointer, self._buffer.num_bytes)
         for first in range(0, len(embeds), most):
             self._run(embeds[first : first + most], length + first)
         logits = decoder._logits.host.array((decoder._vocabulary,), np.float32)

@@ -15,13 +15,18 @@ from ppllava_engines.errors import (
     PPLLaVAError,
     UnavailableError,
 )
-from ppllava_engines.tensorrt.builder import Request, import_library, out_of_memory, shortened
+from ppllava_engines.tensorrt.builder import (
+    Request,
+    import_library,
+    is_out_of_memory,
+    out_of_memory,
+    shortened,
+)
 from ppllava_engines.tensorrt.plans import ComputeCapability, sm
 from ppllava_engines.tensorrt.profiles import Profile
 
 _HARDWARE = {"compute capability": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}
 _PROGRESS_SECONDS = 0.2
-_MEMORY_MARKS = ("out of memory", "outofmemory", "insufficient workspace")
 
 
 def compile_plan(request: Request, progress: Callable[[str], None]) -> None:
@@ -114,6 +119,11 @@ def _add_profile(graph: str, builder: Any, network: Any, config: Any, profile: P
             ranges.set_shape(tensor.name, *profile.shapes[tensor.name])
         elif tensor.is_shape_tensor:
             ranges.set_shape_input(tensor.name, *profile.values[tensor.name])
+        else:
+            raise IncompatibleError(
+                f"plan {graph}: TensorRT does not take the values of {tensor.name} for shapes: "
+                "give --kernel and --stride"
+            )
     if config.add_optimization_profile(ranges) < 0:
         raise IncompatibleError(f"plan {graph}: TensorRT refuses the profile {profile.name}")
 
@@ -150,7 +160,7 @@ def _write(
             if done:
                 stream.write(memoryview(plan))
     if not done:
-        if any(mark in text.lower() for text in logger.errors for mark in _MEMORY_MARKS):
+        if is_out_of_memory(logger.errors):
             raise out_of_memory(request.graph)
         raise IncompatibleError(
             f"plan {request.graph}: {request.library} {trt.__version__} cannot build it"

@@ -1,6 +1,6 @@
 """CUDA as the TensorRT backend needs it: a GPU, a stream, memory, and graphs of what was launched.
 
-Everything is freed when the last thing that uses it goes, or at once by `close`.
+Everything is freed when the last thing that uses it goes.
 """
 
 from __future__ import annotations
@@ -121,25 +121,25 @@ class Device:
         # Other threads may allocate meanwhile.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
-        failed = False
+        done = False
         try:
             launch()
+            done = True
         except InternalError:
-            failed = True
-        error, graph = self._cuda.cudaStreamEndCapture(self._stream)
-        if error != self._cuda.cudaError_t.cudaSuccess:
-            self._cuda.cudaGetLastError()  # or a later call would report it as its own
+            pass
+        finally:  # Ctrl-C too must not leave a stream that only records
+            error, graph = self._cuda.cudaStreamEndCapture(self._stream)
+            captured = error == self._cuda.cudaError_t.cudaSuccess
+            if not captured:
+                self._cuda.cudaGetLastError()  # or a later call would report it as its own
+            elif not done:
+                self._call("cudaGraphDestroy", graph)
+        if not (captured and done):
             return None
         try:
-            if failed:
-                return None
             return LaunchGraph(self, self._call("cudaGraphInstantiate", graph, 0))
         finally:
             self._call("cudaGraphDestroy", graph)
-
-    def close(self) -> None:
-        """Frees the stream; nothing may be asked of this device any more."""
-        self._free()
 
     def _allocated(self, function: str, what: str, num_bytes: int, *flags: int) -> int:
         error, *pointers = getattr(self._cuda, function)(max(num_bytes, 1), *flags)
@@ -189,10 +189,6 @@ class Buffer:
             )
         return found
 
-    def close(self) -> None:
-        """Frees the memory now; what lies in it must not be used any more."""
-        self._free()
-
 
 class HostBuffer:
     """Memory of the CPU that the GPU reaches.
@@ -218,10 +214,6 @@ class HostBuffer:
         content = (ctypes.c_ubyte * size).from_address(self.pointer)
         array: NDArray[Any] = np.ctypeslib.as_array(content).view(dtype).reshape(shape)
         return array
-
-    def close(self) -> None:
-        """Frees the memory now."""
-        self._free()
 
 
 class Mirror:
@@ -274,10 +266,6 @@ class LaunchGraph:
     def launch(self) -> None:
         """Asks for the work once more, on the addresses it was captured with."""
         self._device._call("cudaGraphLaunch", self._handle, self._device._stream)
-
-    def close(self) -> None:
-        """Frees it."""
-        self._free()
 
 
 class DeviceArray:

@@ -82,6 +82,18 @@ class TensorRTEngine:
         """What `run` gives back."""
         return self._spec.outputs
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """The largest size of each dynamic axis for which the plan was built."""
+        limits: dict[str, int] = {}
+        for profile in self._record.profiles:
+            for spec in self._record.spec.inputs:
+                largest = profile.shapes[spec.name][2] if spec.name in profile.shapes else ()
+                for axis, size in zip(spec.shape, largest, strict=False):
+                    if isinstance(axis, str):
+                        limits[axis] = max(size, limits.get(axis, 0))
+        return limits
+
     def empty(self, name: str, size: int) -> DeviceArray:
         """Room on the GPU for an output whose first axis has this size; see `Engine.empty`."""
         spec = next(spec for spec in self.outputs if spec.name == name)

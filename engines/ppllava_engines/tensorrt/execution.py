@@ -6,6 +6,7 @@ Written against what TensorRT 10.3, 10.16, 11.4 and TensorRT-RTX have in common.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.errors import DataError, IncompatibleError, InternalError, UnavailableError
+from ppllava_engines.tensorrt.builder import is_out_of_memory
 from ppllava_engines.tensorrt.device import Device, LaunchGraph
 from ppllava_engines.tensorrt.plans import PlanSpec
 from ppllava_engines.tensorrt.profiles import Profile, Shape
@@ -71,10 +73,21 @@ class Plan:
         self._runtime.engine_host_code_allowed = version_compatible
         if plugin is not None:
             with self._told(f"cannot load {plugin}"):
-                self._runtime.get_plugin_registry().load_library(str(plugin))
-        with self._told("refuses the plan, run ppllava-build again"):
-            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+                handle = self._runtime.get_plugin_registry().load_library(str(plugin))
+            if handle is None:
+                raise IncompatibleError(
+                    f"{name}: TensorRT does not take the plugin library {plugin}: "
+                    f"{self._log.said()}: install ppllava-edge again on this machine"
+                )
+        # Mapped, not read: on a board it would be in the same memory twice meanwhile.
+        with (
+            self._told("refuses the plan, run ppllava-build again"),
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
+            self._require_memory()
             raise IncompatibleError(
                 f"{name}: TensorRT refuses the plan {path}: {self._log.said()}: run ppllava-build "
                 "again on this machine"
@@ -103,6 +116,8 @@ class Plan:
             return self._idle.pop(index)
         with self._told("makes no context"):
             context = self._engine.create_execution_context(self._strategy)
+        if context is None:
+            self._require_memory()
         self._require(context is not None, "makes no context")
         context.set_device_memory(self._scratch.pointer, self._scratch.num_bytes)
         chosen = context.set_optimization_profile_async(index, self.device.stream)
@@ -151,6 +166,14 @@ class Plan:
             raise DataError(
                 f"{self.name}: the plan has {engine.num_optimization_profiles} profiles, expected "
                 f"{len(record.profiles)}: run ppllava-build again"
+            )
+
+    def _require_memory(self) -> None:
+        """Raises UnavailableError when what TensorRT said last is that there was too little."""
+        if is_out_of_memory(self._log.errors):
+            raise UnavailableError(
+                f"{self.name}: the GPU's memory is used up: {self._log.said()}: end other "
+                "programs, or run ppllava-build for fewer frames or tokens"
             )
 
     def _require(self, good: bool, failure: str) -> None:
@@ -213,7 +236,12 @@ class Execution:
         self._values = {key: np.array(value, np.int64) for key, value in values.items()}
         for key, value in self._values.items():
             plan._require(context.set_tensor_address(key, value.ctypes.data), f"refuses {key}")
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise InternalError(
+                f"{plan.name}: TensorRT infers no shapes from {shapes}: {plan._log.said()}: {error}"
+            ) from error
         plan._require(not missing, f"knows too little of {', '.join(missing)}")
         self._outputs = {key: tuple(context.get_tensor_shape(key)) for key in plan.outputs}
         for key, found in self._outputs.items():

@@ -1,6 +1,6 @@
 """What TensorRT made of a bundle's graphs for one machine: plans, and when they may be loaded.
 
-BUNDLE/plans/{gpu}-sm{compute capability}-{tensorrt|rtx}{version}/
+BUNDLE/plans/{gpu}[-{memory}gb]-sm{compute capability}-{tensorrt|rtx}{version}[-{options}]/
     plans.json              this file's Record, as JSON, sealed by its own hash
     {graph}.plan            one per graph
 """
@@ -146,7 +146,14 @@ class Record:
         codes = self.options.compute_capabilities or (self.machine.compute_capability,)
         library = "rtx" if self.machine.library == "tensorrt_rtx" else "tensorrt"
         gpu = re.sub(r"[^a-z0-9]+", "-", self.machine.gpu.lower()).strip("-")
-        return "-".join([gpu or "gpu", *map(sm, codes), library + self.machine.version])
+        parts = [gpu or "gpu", *map(sm, codes), library + self.machine.version]
+        if self.machine.integrated:  # boards of one name differ in their memory
+            parts.insert(1, f"{round(self.machine.memory_bytes / 1e9)}gb")
+        if self.options.hardware != "gpu":
+            parts.append(self.options.hardware.replace(" ", "-"))
+        if self.options.version_compatible:
+            parts.append("version-compatible")
+        return "-".join(parts)
 
     def to_json(self) -> str:
         """The text that `from_json` reads back to an equal record, sealed by its own hash."""

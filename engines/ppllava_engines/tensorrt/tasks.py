@@ -146,7 +146,10 @@ def _build_one(
     kernel = stride = None
     if name == "pool" and node != "inputs":
         model = bundle.manifest.model
-        kernel, stride = task.kernel or model.kernel, task.stride or model.stride
+        # It may follow from the number of frames: that of most videos, then.
+        frames = min(task.frames or model.default_frames, model.default_frames)
+        usual = model.video_window((frames, *model.grid))
+        kernel, stride = task.kernel or usual[0], task.stride or usual[1]
     spec = write_graph(bundle, name, lowered, pool_node=node, kernel=kernel, stride=stride)
     profiles = graph_profiles(bundle.manifest, name, spec, frames=task.frames, tokens=task.tokens)
     calls_plugin = node != "body"
