@@ -11,6 +11,9 @@
 // kernel reads the same numbers on the device, through an ordinary int64 input. Whether shape
 // inputs are counted among a plugin's inputs is told in no document and answered both ways by
 // public plugins, so both are taken. TensorRT's parser knows the attribute since 10.1.
+//
+// Both must be the same tensors, as `graphs.write_graph` makes them: nobody can compare them here,
+// and where the device's say fewer windows than the shape inputs', the rows beyond stay unwritten.
 #pragma once
 
 #include <NvInferRuntime.h>
