@@ -78,6 +78,7 @@ def tiny_manifest(folder: Path, **changes: Any) -> Manifest:
             text_pad_token_id=None,
             image_token_index=3,
             chat_template="USER: <image>\n{question} ASSISTANT: ",
+            next_turn_template="</s>USER: {question} ASSISTANT: ",
             default_frames=8,
         ),
         graphs={"scale": scale_spec()},

@@ -14,7 +14,7 @@ from ppllava_engines.sealed_json import Format
 if TYPE_CHECKING:
     from ppllava_engines.engine import Array
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 FAMILIES = ("clip", "siglip")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool")
@@ -85,6 +85,8 @@ class DecoderSpec:
 
     Attributes:
         path: The graph's file in the bundle.
+        prefill: The file of a second graph of the same inputs and outputs, for runs of many tokens;
+            None where `path` does those too.
         embedding: The token embeddings' file in the bundle: .npy, (vocab_size, width).
         vocab_size: Rows of the table and length of the logits, V.
         width: Length of one embedding, D.
@@ -97,6 +99,7 @@ class DecoderSpec:
     """
 
     path: str
+    prefill: str | None = None
     embedding: str
     vocab_size: int
     width: int
@@ -177,6 +180,8 @@ class ModelSpec:
         image_token_index: The decoder's id whose embedding the pooled tokens replace.
         chat_template: A turn's text with {question} in it, and where the visual tokens go
             "<image>" with a line break after it.
+        next_turn_template: What follows the last id of an answer when there is one more question:
+            the token that ends an answer, and that question's turn with {question} in it.
         default_frames: Frames chosen of a video unless the caller says otherwise.
 
     Raises:
@@ -208,6 +213,7 @@ class ModelSpec:
     text_pad_token_id: int | None
     image_token_index: int
     chat_template: str
+    next_turn_template: str
     default_frames: int
 
     def __post_init__(self) -> None:
@@ -245,19 +251,24 @@ class Precision:
 
     Attributes:
         dtype: Of the graphs' floats.
-        vision: "float", or "int8" for the vision graph's linear layers.
+        vision: Of the vision graph's linear layers: "float"; "int8", rounded by what each run
+            brings; or "int8-static", rounded by steps from a calibration.
         decoder: "float", or the type of the decoder's weights.
+        prefill: "same", or "int8" where the decoder has a second graph for prompts.
     """
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    vision: Literal["float", "int8"] = "float"
+    vision: Literal["float", "int8", "int8-static"] = "float"
     decoder: Literal["float", "int8", "int4"] = "float"
+    prefill: Literal["same", "int8"] = "same"
 
     def __str__(self) -> str:
         parts: list[str] = [self.dtype]
         for name in ("vision", "decoder"):
             if (kind := getattr(self, name)) != "float":
                 parts.append(f"{name} {kind}")
+        if self.prefill != "same":
+            parts.append(f"prefill {self.prefill}")
         return ", ".join(parts)
 
 
@@ -286,7 +297,8 @@ class Manifest:
     Attributes:
         schema_version: SCHEMA_VERSION of the release that wrote it.
         model, decoder: See there.
-        graphs: "vision", "text" and "pool".
+        graphs: "vision", "text" and "pool", and those for other memories of a video: "pool_fp16",
+            "pool_int8", "vision_tokens", "weigh_tokens", "pool_tokens".
         precision: See there.
         tokenizers: The file of "decoder" and of "text".
         image_newline: The file of the embedding that ends each row of a still's tiles, in the dtype
@@ -318,7 +330,10 @@ class Manifest:
             refuse_escape(path)
         named = [graph.path for graph in self.graphs.values()]
         named += [self.decoder.path, self.decoder.embedding, *self.tokenizers.values()]
-        named += [self.samples, *([self.image_newline] if self.image_newline else [])]
+        named += [
+            self.samples,
+            *(path for path in (self.image_newline, self.decoder.prefill) if path),
+        ]
         unlisted = [path for path in named if path not in self.files]
         if unlisted:
             raise DataError(f"{MANIFEST}: files does not list {', '.join(map(repr, unlisted))}")

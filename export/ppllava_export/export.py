@@ -31,7 +31,12 @@ from .open_clip_source import OpenClipSpec
 from .parity import make_samples, measure
 from .precision import DTYPES
 from .quiet import quiet
-from .tokenizer_files import chat_template, end_token_ids, read_tokenizers
+from .tokenizer_files import (
+    chat_template,
+    end_token_ids,
+    next_turn_template,
+    read_tokenizers,
+)
 
 _TOOLS = (
     "ppllava-edge",
@@ -147,6 +152,7 @@ def export(order: Order, out: Path, overwrite: bool, on_stage: Callable[[str], N
 def _model_spec(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> ModelSpec:
     config = checkpoint.config
     begin_id, end_id = text_token_ids(config.text)
+    template = chat_template(tokenizer, config)
     return ModelSpec(
         name=config.name,
         family=config.family,
@@ -171,7 +177,8 @@ def _model_spec(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> ModelSpe
         text_eos_token_id=end_id,
         text_pad_token_id=config.text.pad_token_id,
         image_token_index=config.image_token_index,
-        chat_template=chat_template(tokenizer, config),
+        chat_template=template,
+        next_turn_template=next_turn_template(template),
         default_frames=checkpoint.files.num_frames,
     )
 

@@ -29,6 +29,10 @@ _CHATML = "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistan
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _VICUNA = "USER: <image>\n{question} ASSISTANT: "
 _VICUNA_END = "</s>"
+_NEXT_TURNS = {
+    _CHATML: "<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+    _VICUNA: "</s>USER: {question} ASSISTANT: ",
+}
 # Decoder → the files its tokenizer is built from when there is no tokenizer.json.
 _SOURCES = {"llama": ("tokenizer.model",), "qwen2": ("vocab.json", "merges.txt")}
 
@@ -78,6 +82,11 @@ def chat_template(decoder: Tokenizer | None, config: ModelConfig) -> str:
         return _CHATML if config.decoder["model_type"] == "qwen2" else _VICUNA
     known = all(decoder.token_to_id(token) is not None for token in _CHATML_TOKENS)
     return _CHATML if known else _VICUNA
+
+
+def next_turn_template(chat_template: str) -> str:
+    """Returns the text between an answer and the next one, with the next {question} in it."""
+    return _NEXT_TURNS[chat_template]
 
 
 def end_token_ids(decoder: Tokenizer | None, config: ModelConfig) -> tuple[int, ...]:

@@ -329,11 +329,11 @@ class TestBadInput:
         manifest = old / "manifest.json"
         text = manifest.read_text(encoding="utf-8")
         manifest.write_text(
-            text.replace('"schema_version": 2', '"schema_version": 99'), encoding="utf-8"
+            text.replace('"schema_version": 3', '"schema_version": 99'), encoding="utf-8"
         )
         done = chat(old, clip, "?")
         assert done.returncode == 78
-        assert "schema_version is 99, this release reads 2" in done.stderr
+        assert "schema_version is 99, this release reads 3" in done.stderr
         assert done.stderr.count("\n") == 1
 
         broken = tmp_path / "broken"

@@ -51,6 +51,7 @@ def model(**changes: Any) -> ModelSpec:
         "image_grid_pinpoints": (),
         "image_token_index": IMAGE_TOKEN_INDEX,
         "chat_template": "USER: <image>\n{question} ASSISTANT: ",
+        "next_turn_template": "</s>USER: {question} ASSISTANT: ",
         "default_frames": 8,
     }
     return ModelSpec(**fields | changes)
