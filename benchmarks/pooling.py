@@ -1,4 +1,4 @@
-"""The pooling op against the function body it replaces, and against what memory can give.
+"""The pooling ops against the function bodies they replace, and against what memory can give.
 
 `python benchmarks/pooling.py [--frames 32] [--width 4096] [--runs 21]`
 
@@ -30,10 +30,23 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ppllava_engines.native import CUSTOM_OPS, get_library
-from ppllava_export.pool_graph import DOMAIN, FUNCTION, OP_TYPE, OPSET
+from ppllava_export.pool_graph import (
+    DOMAIN,
+    FUNCTION,
+    OP_TYPE,
+    OPSET,
+    SCALED_FUNCTION,
+    SCALED_OP_TYPE,
+)
 
 _GRID = (24, 24)
 _WINDOW = (2, 3, 3)
+_TYPES: dict[str, tuple[Any, Any]] = {  # of hidden and of pooled
+    "float": (np.float32, np.float32),
+    "float16": (np.float16, np.float16),
+    "int8": (np.int8, np.float32),
+}
+_INT8_STEPS = 30  # of one standard deviation
 # Sums in sixteen places at once, so that the loop waits for memory and for nothing else.
 _READ = """
 #include <stddef.h>
@@ -58,7 +71,7 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
         read = _compiled_read(Path(folder))
-        for dtype in ("float", "float16"):
+        for dtype in ("float", "float16", "int8"):
             _measure(dtype, arguments, threads, pool, read)
     print(
         f"{arguments.frames} frames of 24 x 24 tokens, width {arguments.width}, kernel = stride = "
@@ -75,9 +88,12 @@ def _measure(
     read: Any,
 ) -> None:
     rng = np.random.default_rng(0)
-    numpy_type: Any = np.float32 if dtype == "float" else np.float16
+    hidden_type, pooled_type = _TYPES[dtype]
     shape = (arguments.frames, *_GRID)
-    hidden = rng.standard_normal((*shape, arguments.width), np.float32).astype(numpy_type)
+    hidden = rng.standard_normal((*shape, arguments.width), np.float32)
+    if dtype == "int8":
+        hidden = np.rint(hidden * _INT8_STEPS).clip(-127, 127)
+    hidden = hidden.astype(hidden_type)
     weights = rng.dirichlet(np.ones(np.prod(shape))).astype(np.float32).reshape(shape)
     feeds = {
         "hidden": hidden,
@@ -85,8 +101,10 @@ def _measure(
         "kernel": np.array(_WINDOW),
         "stride": np.array(_WINDOW),
     }
+    if dtype == "int8":
+        feeds["scales"] = rng.uniform(0.5, 1, shape).astype(np.float32) / _INT8_STEPS
     windows = np.prod([size // step for size, step in zip(shape, _WINDOW, strict=True)])
-    results = [np.empty((windows, arguments.width), numpy_type) for _ in range(2)]
+    results = [np.empty((windows, arguments.width), pooled_type) for _ in range(2)]
     parts = np.array_split(hidden.reshape(-1).view(np.uint64), threads)
 
     def read_once() -> None:
@@ -116,11 +134,17 @@ def _measure(
 
 def _session(dtype: str, threads: int, *, op: bool) -> ort.InferenceSession:
     """A graph that is the one node, with the same options for both sides."""
+    name, function, pooled, scales, operand = OP_TYPE, FUNCTION, dtype, "", ""
+    if dtype == "int8":
+        name, function, pooled = SCALED_OP_TYPE, SCALED_FUNCTION, "float"
+        scales, operand = "float[T,h,w] scales,", "scales,"
     model = onnx.parser.parse_model(f"""
         <ir_version: 11, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>
-        one ({dtype}[T,h,w,D] hidden, float[T,h,w] weights, int64[3] kernel, int64[3] stride)
-        => ({dtype}[N,D] pooled)
-        {{ pooled = {DOMAIN}.{OP_TYPE} <temperature = 0.01> (hidden, weights, kernel, stride) }}
+        one ({dtype}[T,h,w,D] hidden, {scales} float[T,h,w] weights, int64[3] kernel,
+             int64[3] stride)
+        => ({pooled}[N,D] pooled)
+        {{ pooled = {DOMAIN}.{name} <temperature = 0.01>
+              (hidden, {operand} weights, kernel, stride) }}
     """)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -128,7 +152,7 @@ def _session(dtype: str, threads: int, *, op: bool) -> ort.InferenceSession:
     if op:
         options.register_custom_ops_library(str(get_library(CUSTOM_OPS)))
     else:
-        model.functions.append(onnx.parser.parse_function(FUNCTION))
+        model.functions.append(onnx.parser.parse_function(function))
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

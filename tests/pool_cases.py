@@ -3,7 +3,8 @@
 The tolerance is relative to the window's sum of share x |hidden| in that column, which is what
 rounding shares, products and sums scales with. For float16 and bfloat16 most of it is torch's and
 the function body's: they round the shares to that type as well. The kernels round only the result,
-and are held to that.
+and are held to that. int8 values stand for multiples of their token's scale; what comes out is
+float32 then, as are all sums.
 """
 
 from __future__ import annotations
@@ -27,12 +28,20 @@ NUMPY: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
+    "int8": np.int8,
 }
-TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
+# A share times a scale is one more rounding of the sixteen that 1e-6 has room for.
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 1e-6}
 # Half a unit in the last place, relative to the value that is rounded; of fp32 it is in the above.
-ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 0.0}
 # The smallest number above zero: below it, and in sums of such, rounding is no longer relative.
-SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+# Of int8 it is what a share times a scale is rounded to, 127 times that of a value.
+SMALLEST = {
+    "float32": 2.0**-149,
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-133,
+    "int8": 127 * 2.0**-149,
+}
 LARGEST = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
 
 HUGE = 2**62
@@ -98,6 +107,8 @@ class PoolCase:
         rng = np.random.default_rng(list(str(self).encode()))
         shape = (*self.size, self.width)
         hidden: Array = rng.standard_normal(shape)
+        if self.dtype == "int8":
+            hidden = rng.integers(-127, 128, shape)
         weights: Array = rng.dirichlet(np.ones(math.prod(self.size))).reshape(self.size)
         match self.values:
             case "peaked":
@@ -109,12 +120,33 @@ class PoolCase:
                 hidden = rng.choice([-0.0, 0.0, 1.0], shape)
                 weights = rng.choice([-0.0, 0.0], self.size)
             case "subnormal":
-                hidden = rng.integers(-100, 100, shape) * SMALLEST[self.dtype]
+                if self.dtype != "int8":
+                    hidden = rng.integers(-100, 100, shape) * SMALLEST[self.dtype]
                 weights = rng.integers(0, 100, self.size) * 2.0**-149
             case "large":
-                hidden = rng.uniform(-0.9, 0.9, shape) * LARGEST[self.dtype]
+                if self.dtype != "int8":
+                    hidden = rng.uniform(-0.9, 0.9, shape) * LARGEST[self.dtype]
                 weights = rng.uniform(0.9, 0.92, self.size)  # how scores round decides
         return hidden.astype(NUMPY[self.dtype]), weights.astype(np.float32)
+
+    def scales(self) -> Array:
+        """Returns what each token's values are multiplied by, float32 (T, h, w); of int8 only."""
+        rng = np.random.default_rng([1, *str(self).encode()])
+        match self.values:
+            case "large":
+                scales: Array = rng.uniform(-0.9, 0.9, self.size) * LARGEST["float32"] / 127
+            case "subnormal":
+                scales = rng.integers(-100, 100, self.size) * SMALLEST["float32"]
+            case "zeros":
+                scales = rng.choice([-0.0, 0.0, 1.0], self.size)
+            case _:
+                scales = rng.uniform(0, 0.05, self.size)
+        return scales.astype(np.float32)
+
+    @property
+    def pooled_dtype(self) -> str:
+        """What comes out."""
+        return "float32" if self.dtype == "int8" else self.dtype
 
     def gathered(self, array: Array) -> Array:
         """Returns (N, tokens of a window, ...) of an array (T, h, w, ...)."""
@@ -137,8 +169,11 @@ class PoolCase:
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         tokens = self.gathered(hidden).astype(np.float64)
+        if self.dtype == "int8":
+            tokens *= self.gathered(self.scales())[..., None]
         magnitude = np.einsum("nk,nkd->nd", shares, np.abs(tokens))
-        absolute = tokens.shape[1] * SMALLEST["float32"] + SMALLEST[self.dtype]
+        smallest = SMALLEST["int8" if self.dtype == "int8" else "float32"]
+        absolute = tokens.shape[1] * smallest + SMALLEST[self.dtype]
         pooled = np.einsum("nk,nkd->nd", shares, tokens)
         if rounds_shares:
             return pooled, TOLERANCE[self.dtype] * magnitude + absolute
@@ -152,6 +187,8 @@ class PoolCase:
         file.write(struct.pack("=i10q", list(NUMPY).index(self.dtype), *axes))
         file.write(struct.pack("=fd", self.temperature, TOLERANCE[self.dtype]))
         file.write(hidden.astype(np.float32).tobytes() + weights.tobytes())
+        if self.dtype == "int8":
+            file.write(self.scales().tobytes())
 
 
 CASES = [

@@ -7,7 +7,7 @@
 #endif
 
 // What differs between instruction sets is written as plain loops, inlined into one function for
-// each set, where the compiler vectorises them; only float16 on x86 needs more than that.
+// each set, where the compiler vectorises them; only float16 and int8 on x86 need more than that.
 #define PPLLAVA_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
 #define PPLLAVA_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -42,6 +42,7 @@ PPLLAVA_INLINE void narrow(float value, Float16& into) { into = from_float<Float
 #endif
 PPLLAVA_INLINE float widen(float value) { return value; }
 PPLLAVA_INLINE float widen(BFloat16 value) { return to_float(value); }
+PPLLAVA_INLINE float widen(int8_t value) { return to_float(value); }
 PPLLAVA_INLINE void narrow(float value, float& into) { into = value; }
 PPLLAVA_INLINE void narrow(float value, BFloat16& into) { into = from_float<BFloat16>(value); }
 
@@ -104,11 +105,16 @@ struct Avx2 {
   PPLLAVA_AVX2 static __m256 load(const Float16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  PPLLAVA_AVX2 static void add(float* sums, const Float16* const* rows, const float* shares,
-                               int num_rows, int64_t width) {
+  PPLLAVA_AVX2 static __m256 load(const int8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
+  template <typename T>
+  PPLLAVA_AVX2 static void add_loaded(float* sums, const T* const* rows, const float* shares,
+                                      int num_rows, int64_t width) {
     int64_t d = 0;
     if (num_rows == kRows) {
-      const Float16 *a = rows[0], *b = rows[1], *c = rows[2], *e = rows[3];
+      const T *a = rows[0], *b = rows[1], *c = rows[2], *e = rows[3];
       const __m256 s = _mm256_set1_ps(shares[0]), t = _mm256_set1_ps(shares[1]);
       const __m256 u = _mm256_set1_ps(shares[2]), v = _mm256_set1_ps(shares[3]);
       for (; d + 8 <= width; d += 8) {
@@ -128,6 +134,14 @@ struct Avx2 {
       }
     }
     add_rows(sums, rows, shares, num_rows, d, width);
+  }
+  static void add(float* sums, const Float16* const* rows, const float* shares, int num_rows,
+                  int64_t width) {
+    add_loaded(sums, rows, shares, num_rows, width);
+  }
+  static void add(float* sums, const int8_t* const* rows, const float* shares, int num_rows,
+                  int64_t width) {
+    add_loaded(sums, rows, shares, num_rows, width);
   }
   PPLLAVA_AVX2 static void store(const float* sums, Float16* into, int64_t width) {
     int64_t d = 0;
@@ -153,6 +167,10 @@ struct Avx512 {
                   int64_t width) {
     Avx2::add(sums, rows, shares, num_rows, width);
   }
+  static void add(float* sums, const int8_t* const* rows, const float* shares, int num_rows,
+                  int64_t width) {
+    Avx2::add(sums, rows, shares, num_rows, width);
+  }
   static void store(const float* sums, Float16* into, int64_t width) {
     Avx2::store(sums, into, width);
   }
@@ -173,9 +191,10 @@ PPLLAVA_INLINE void for_each_token(const Windows& windows, int64_t first, F with
 }
 
 // One window's values from `hidden` (its first value in token 0) on, for `width` values of D.
-template <typename Loops, typename T>
-void pool_window(const Windows& windows, int64_t window, const float* weights, float temperature,
-                 const T* hidden, int64_t token_width, int64_t width, T* pooled) {
+template <typename Loops, typename T, typename Pooled>
+void pool_window(const Windows& windows, int64_t window, const float* weights, const float* scales,
+                 float temperature, const T* hidden, int64_t token_width, int64_t width,
+                 Pooled* pooled) {
   const int64_t first = windows.first(window);
   RunningSoftmax softmax;
   for_each_token(windows, first,
@@ -187,7 +206,8 @@ void pool_window(const Windows& windows, int64_t window, const float* weights, f
   int num_rows = 0;
   for_each_token(windows, first, [&](int64_t token) {
     rows[num_rows] = hidden + token * token_width;
-    shares[num_rows] = softmax.share(score(weights[token], temperature));
+    const float share = softmax.share(score(weights[token], temperature));
+    shares[num_rows] = scales == nullptr ? share : scaled_share(share, scales[token]);
     if (++num_rows == kRows) {
       Loops::add(sums, rows, shares, num_rows, width);
       num_rows = 0;
@@ -228,23 +248,32 @@ CpuPool::CpuPool(const Windows& windows, DataType type, const void* hidden, cons
   num_slices_ = width / slice_ + (width % slice_ != 0);
 }
 
-template <typename T>
+CpuPool::CpuPool(const Windows& windows, const int8_t* hidden, const float* scales,
+                 const float* weights, int64_t width, float temperature, float* pooled, Isa isa)
+    : CpuPool(windows, kFloat32, hidden, weights, width, temperature, pooled, isa) {
+  scales_ = scales;
+}
+
+template <typename T, typename Pooled>
 void CpuPool::run_as(int64_t part) const {
   const int64_t window = part / num_slices_;
   const int64_t begin = part % num_slices_ * slice_;
   const int64_t width = std::min(slice_, width_ - begin);
   const T* hidden = static_cast<const T*>(hidden_) + begin;
-  T* pooled = static_cast<T*>(pooled_) + window * width_ + begin;
-  auto* pool = pool_window<Baseline, T>;
+  Pooled* pooled = static_cast<Pooled*>(pooled_) + window * width_ + begin;
+  auto* pool = pool_window<Baseline, T, Pooled>;
 #if defined(__x86_64__)
-  pool = isa_ == Isa::kAvx512 ? pool_window<Avx512, T>
-         : isa_ == Isa::kAvx2 ? pool_window<Avx2, T>
+  pool = isa_ == Isa::kAvx512 ? pool_window<Avx512, T, Pooled>
+         : isa_ == Isa::kAvx2 ? pool_window<Avx2, T, Pooled>
                               : pool;
 #endif
-  pool(windows_, window, weights_, temperature_, hidden, width_, width, pooled);
+  pool(windows_, window, weights_, scales_, temperature_, hidden, width_, width, pooled);
 }
 
 void CpuPool::run(int64_t part) const {
+  if (scales_ != nullptr) {
+    return run_as<int8_t, float>(part);
+  }
   switch (type_) {
     case kFloat32:
       return run_as<float>(part);
@@ -257,6 +286,17 @@ void CpuPool::run(int64_t part) const {
 
 }  // namespace ppllava
 
+namespace {
+
+int run_all(const ppllava::CpuPool& pool) {
+  for (std::int64_t part = 0; part < pool.num_parts(); ++part) {
+    pool.run(part);
+  }
+  return 0;
+}
+
+}  // namespace
+
 int strided_weighted_pool_cpu(int dtype, const void* hidden, const float* weights,
                               const std::int64_t size[3], std::int64_t width,
                               const std::int64_t kernel[3], const std::int64_t stride[3],
@@ -267,8 +307,18 @@ int strided_weighted_pool_cpu(int dtype, const void* hidden, const float* weight
   const ppllava::CpuPool pool(ppllava::Windows(size, kernel, stride),
                               static_cast<ppllava::DataType>(dtype), hidden, weights, width,
                               temperature, pooled);
-  for (std::int64_t part = 0; part < pool.num_parts(); ++part) {
-    pool.run(part);
+  return run_all(pool);
+}
+
+int scaled_strided_weighted_pool_cpu(const std::int8_t* hidden, const float* scales,
+                                     const float* weights, const std::int64_t size[3],
+                                     std::int64_t width, const std::int64_t kernel[3],
+                                     const std::int64_t stride[3], float temperature,
+                                     float* pooled) {
+  if (width < 0) {
+    return 1;
   }
-  return 0;
+  const ppllava::CpuPool pool(ppllava::Windows(size, kernel, stride), hidden, scales, weights,
+                              width, temperature, pooled);
+  return run_all(pool);
 }

@@ -21,16 +21,21 @@ class CpuPool {
   CpuPool(const Windows& windows, DataType type, const void* hidden, const float* weights,
           int64_t width, float temperature, void* pooled, Isa isa = best_isa());
 
+  // Scaled: hidden (T, h, w, width), scales (T, h, w).
+  CpuPool(const Windows& windows, const int8_t* hidden, const float* scales, const float* weights,
+          int64_t width, float temperature, float* pooled, Isa isa = best_isa());
+
   int64_t num_parts() const { return windows_.num_windows() * num_slices_; }
   void run(int64_t part) const;
 
  private:
-  template <typename T>
+  template <typename T, typename Pooled = T>
   void run_as(int64_t part) const;
 
   Windows windows_;
-  DataType type_;
+  DataType type_;  // of pooled
   const void* hidden_;
+  const float* scales_ = nullptr;  // where hidden is int8
   const float* weights_;
   int64_t width_;
   float temperature_;
@@ -48,3 +53,9 @@ extern "C" PPLLAVA_EXPORT int strided_weighted_pool_cpu(
     int dtype, const void* hidden, const float* weights, const std::int64_t size[3],
     std::int64_t width, const std::int64_t kernel[3], const std::int64_t stride[3],
     float temperature, void* pooled);
+
+// The scaled one, in the same way.
+extern "C" PPLLAVA_EXPORT int scaled_strided_weighted_pool_cpu(
+    const std::int8_t* hidden, const float* scales, const float* weights,
+    const std::int64_t size[3], std::int64_t width, const std::int64_t kernel[3],
+    const std::int64_t stride[3], float temperature, float* pooled);

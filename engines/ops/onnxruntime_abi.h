@@ -60,7 +60,8 @@ namespace ppllava::ort {
 constexpr std::uint32_t kApiVersion = 17;
 
 // ONNXTensorElementDataType, OrtErrorCode, OrtCustomOpInputOutputCharacteristic, OrtMemType
-constexpr int kTensorFloat = 1, kTensorInt64 = 7, kTensorFloat16 = 10, kTensorBFloat16 = 16;
+constexpr int kTensorFloat = 1, kTensorInt8 = 3, kTensorInt64 = 7, kTensorFloat16 = 10,
+              kTensorBFloat16 = 16;
 constexpr int kFail = 1, kInvalidArgument = 2;
 constexpr int kRequired = 0;
 constexpr int kDefaultMemory = 0;

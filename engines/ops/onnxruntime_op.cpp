@@ -1,5 +1,6 @@
-// ppllava::StridedWeightedPool for ONNX Runtime's CPU: reads the tensors, runs the CPU loop on ONNX
-// Runtime's own threads. Loaded, it takes the place of the function body that a graph brings along.
+// ppllava::StridedWeightedPool and ppllava::ScaledStridedWeightedPool for ONNX Runtime's CPU: they
+// read the tensors and run the CPU loop on ONNX Runtime's own threads. Loaded, they take the place of
+// the function bodies that a graph brings along.
 
 #include <cstdio>
 #include <initializer_list>
@@ -11,18 +12,23 @@
 namespace ppllava::ort {
 namespace {
 
-enum Input { kHidden, kWeights, kKernel, kStride, kNumInputs };
+enum Input { kHidden, kWeights, kKernel, kStride, kScales, kNumInputs };
+
+// One entry for each type that hidden may have: ONNX Runtime chooses by name and type.
+struct Op : OrtCustomOp {
+  const char* name;
+  DataType type;  // of pooled
+  int hidden_type, pooled_type;
+  std::size_t num_inputs;
+  Input inputs[kNumInputs];  // in their order
+
+  constexpr bool scaled() const { return hidden_type == kTensorInt8; }
+};
 
 struct Kernel {
   const OrtApi* api;
-  DataType type;
+  const Op* op;
   float temperature;
-};
-
-// One entry for each type that hidden and pooled may have: ONNX Runtime chooses by it.
-struct Op : OrtCustomOp {
-  DataType type;
-  int tensor_type;
 };
 
 constexpr int kMaxRank = 8;
@@ -38,7 +44,7 @@ struct Shape {
     return status_;                        \
   }
 
-OrtStatus* read(const OrtApi* api, const OrtKernelContext* context, Input input, Shape& shape,
+OrtStatus* read(const OrtApi* api, const OrtKernelContext* context, std::size_t input, Shape& shape,
                 const void*& data) {
   const OrtValue* value = nullptr;
   PPLLAVA_RETURN_IF_FAILED(KernelContextGetInput::call(api, context, input, &value));
@@ -79,36 +85,43 @@ Sentence words(const Shape& shape) {
   return sentence;
 }
 
-OrtStatus* refuse(const OrtApi* api, const char* name, const Shape& got, const char* expected) {
+OrtStatus* refuse(const Kernel& kernel, const char* name, const Shape& got, const char* expected) {
   char text[512];
   std::snprintf(text, sizeof text,
-                "ppllava::StridedWeightedPool: %s has shape %s, expected %s: check what feeds it",
+                "ppllava::%s: %s has shape %s, expected %s: check what feeds it", kernel.op->name,
                 name, words(got).text, expected);
-  return CreateStatus::call(api, kInvalidArgument, text);
+  return CreateStatus::call(kernel.api, kInvalidArgument, text);
+}
+
+bool is_grid_of(const Shape& hidden, const Shape& shape) {
+  bool same = shape.rank == 3;
+  for (int axis = 0; same && axis < 3; ++axis) {
+    same = shape.sizes[axis] == hidden.sizes[axis];
+  }
+  return same;
 }
 
 OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
   const OrtApi* api = kernel.api;
   Shape shapes[kNumInputs];
   const void* data[kNumInputs];
-  for (const Input input : {kHidden, kWeights, kKernel, kStride}) {
-    PPLLAVA_RETURN_IF_FAILED(read(api, context, input, shapes[input], data[input]));
+  for (std::size_t at = 0; at < kernel.op->num_inputs; ++at) {
+    const Input input = kernel.op->inputs[at];
+    PPLLAVA_RETURN_IF_FAILED(read(api, context, at, shapes[input], data[input]));
   }
   const Shape& hidden = shapes[kHidden];
-  const Shape& weights = shapes[kWeights];
   if (hidden.rank != 4) {
-    return refuse(api, "hidden", hidden, "(T, h, w, D)");
+    return refuse(kernel, "hidden", hidden, "(T, h, w, D)");
   }
-  bool same = weights.rank == 3;
-  for (int axis = 0; same && axis < 3; ++axis) {
-    same = weights.sizes[axis] == hidden.sizes[axis];
+  if (!is_grid_of(hidden, shapes[kWeights])) {
+    return refuse(kernel, "weights", shapes[kWeights], "hidden's first three axes");
   }
-  if (!same) {
-    return refuse(api, "weights", weights, "hidden's first three axes");
+  if (kernel.op->scaled() && !is_grid_of(hidden, shapes[kScales])) {
+    return refuse(kernel, "scales", shapes[kScales], "hidden's first three axes");
   }
   for (const Input input : {kKernel, kStride}) {
     if (shapes[input].rank != 1 || shapes[input].sizes[0] != 3) {
-      return refuse(api, input == kKernel ? "kernel" : "stride", shapes[input], "(3)");
+      return refuse(kernel, input == kKernel ? "kernel" : "stride", shapes[input], "(3)");
     }
   }
   const Windows windows(hidden.sizes, static_cast<const std::int64_t*>(data[kKernel]),
@@ -119,8 +132,14 @@ OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
   PPLLAVA_RETURN_IF_FAILED(KernelContextGetOutput::call(api, context, 0, pooled_shape, 2, &pooled));
   void* pooled_data = nullptr;
   PPLLAVA_RETURN_IF_FAILED(GetTensorMutableData::call(api, pooled, &pooled_data));
-  CpuPool pool(windows, kernel.type, data[kHidden], static_cast<const float*>(data[kWeights]),
-               width, kernel.temperature, pooled_data);
+  const auto* weights = static_cast<const float*>(data[kWeights]);
+  CpuPool pool =
+      kernel.op->scaled()
+          ? CpuPool(windows, static_cast<const int8_t*>(data[kHidden]),
+                    static_cast<const float*>(data[kScales]), weights, width, kernel.temperature,
+                    static_cast<float*>(pooled_data))
+          : CpuPool(windows, kernel.op->type, data[kHidden], weights, width, kernel.temperature,
+                    pooled_data);
   const std::int64_t parts = pool.num_parts();
   if (parts == 0) {
     return nullptr;
@@ -138,24 +157,28 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*
   float temperature = 0.0f;
   PPLLAVA_RETURN_IF_FAILED(
       KernelInfoGetAttributeFloat::call(api, info, "temperature", &temperature));
-  *kernel = new (std::nothrow) Kernel{api, static_cast<const Op*>(op)->type, temperature};
+  *kernel = new (std::nothrow) Kernel{api, static_cast<const Op*>(op), temperature};
   return *kernel != nullptr
              ? nullptr
-             : CreateStatus::call(api, kFail, "ppllava::StridedWeightedPool: out of memory");
+             : CreateStatus::call(api, kFail, "ppllava: out of memory for a pooling op");
 }
 
-constexpr Op make_op(DataType type, int tensor_type) {
+constexpr Op make_op(DataType type, int hidden_type, int pooled_type) {
   Op op{};
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return "StridedWeightedPool"; };
+  op.GetName = [](const OrtCustomOp* self) { return static_cast<const Op*>(self)->name; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
-  op.GetInputType = [](const OrtCustomOp* self, std::size_t input) {
-    const int hidden = static_cast<const Op*>(self)->tensor_type;
-    return input == kHidden ? hidden : input == kWeights ? kTensorFloat : kTensorInt64;
+  op.GetInputType = [](const OrtCustomOp* self, std::size_t at) {
+    const Input input = static_cast<const Op*>(self)->inputs[at];
+    return input == kHidden                         ? static_cast<const Op*>(self)->hidden_type
+           : input == kKernel || input == kStride ? kTensorInt64
+                                                    : kTensorFloat;
   };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kNumInputs; };
+  op.GetInputTypeCount = [](const OrtCustomOp* self) {
+    return static_cast<const Op*>(self)->num_inputs;
+  };
   op.GetOutputType = [](const OrtCustomOp* self, std::size_t) {
-    return static_cast<const Op*>(self)->tensor_type;
+    return static_cast<const Op*>(self)->pooled_type;
   };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return 1; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, std::size_t) { return kRequired; };
@@ -168,15 +191,29 @@ constexpr Op make_op(DataType type, int tensor_type) {
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
+  op.name = "StridedWeightedPool";
   op.type = type;
-  op.tensor_type = tensor_type;
+  op.hidden_type = hidden_type;
+  op.pooled_type = pooled_type;
+  for (const Input input : {kHidden, kScales, kWeights, kKernel, kStride}) {
+    if (input != kScales || op.scaled()) {
+      op.inputs[op.num_inputs++] = input;
+    }
+  }
+  return op;
+}
+
+constexpr Op make_scaled_op() {
+  Op op = make_op(kFloat32, kTensorInt8, kTensorFloat);
+  op.name = "ScaledStridedWeightedPool";
   return op;
 }
 
 constexpr Op kOps[] = {
-    make_op(kFloat32, kTensorFloat),
-    make_op(kFloat16, kTensorFloat16),
-    make_op(kBFloat16, kTensorBFloat16),
+    make_op(kFloat32, kTensorFloat, kTensorFloat),
+    make_op(kFloat16, kTensorFloat16, kTensorFloat16),
+    make_op(kBFloat16, kTensorBFloat16, kTensorBFloat16),
+    make_scaled_op(),
 };
 
 }  // namespace

@@ -3,6 +3,10 @@
 //   pooled[n, :] = sum over the tokens t of window n of share(t) * hidden[t, :]
 //   shares       = softmax over the window of weights[t] / temperature, in fp32
 //
+// Scaled, hidden is int8 and each token's values are multiples of its scale:
+//
+//   pooled[n, :] = sum over the tokens t of window n of (share(t) * scale[t]) * hidden[t, :]
+//
 // Tokens of the grid (T, h, w), windows and the tokens inside one are numbered in (T, h, w) order.
 #pragma once
 
@@ -26,10 +30,12 @@
 namespace ppllava {
 
 #if defined(__CUDACC_RTC__)  // NVRTC has no standard headers
+using int8_t = signed char;
 using int64_t = long long;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 #else
+using std::int8_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
@@ -126,6 +132,9 @@ struct RunningSoftmax {
   PPLLAVA_HD float share(float value) const { return expf(value - maximum) / sum; }
 };
 
+// What int8 values are multiplied by: once for all values of a token.
+PPLLAVA_HD float scaled_share(float share, float scale) { return share * scale; }
+
 // ---- Types of hidden and pooled; every sum is fp32, and rounded once, to nearest even, at its end.
 
 enum DataType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -143,6 +152,7 @@ struct BFloat16 {
 #endif
 
 PPLLAVA_HD float to_float(float value) { return value; }
+PPLLAVA_HD float to_float(int8_t value) { return static_cast<float>(value); }
 
 template <typename T>
 PPLLAVA_HD T from_float(float value);

@@ -4,7 +4,10 @@ A bundle is a folder:
 
     manifest.json                 this file's Manifest, as JSON
     graphs/{vision,text,pool}.onnx        and .onnx.data beside them when the weights are large
+    graphs/{pool_fp16,pool_int8,vision_tokens,weigh_tokens,pool_tokens}.onnx    for other memories
+                                  of a video; their large weights are those of the three
     decoder/model.onnx            and its data
+    decoder/prefill.onnx          for prompts, where there is one
     decoder/embedding.npy         the token embeddings, a (V,D) table to be memory-mapped
     image_newline.npy             ends each row of a still's tiles, (D,); where the model has one
     tokenizers/{decoder,text}.json
@@ -130,8 +133,9 @@ class Bundle:
         """The engine of the graph `name`, loaded anew at each call.
 
         Args:
-            name: "vision", "text" or "pool".
-            device: "cpu", or "tensorrt" for a GPU, where ppllava-build made plans of this bundle.
+            name: One of the manifest's graphs, e.g. "vision", "text" or "pool".
+            device: "cpu"; "openvino", for the towers alone; or "tensorrt" for a GPU, where
+                ppllava-build made plans of this bundle.
             threads: As in `engine.open_engine`; a GPU has no use for it.
 
         Raises:

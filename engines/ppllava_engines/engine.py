@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import GraphSpec, TensorSpec
-from ppllava_engines.errors import DataError, UnavailableError
+from ppllava_engines.errors import DataError, UnavailableError, UsageError
 from ppllava_engines.tensorrt.device import DeviceArray
 
 Array = NDArray[Any] | DeviceArray
 
-DEVICES = ("cpu", "tensorrt")
+DEVICES = ("cpu", "openvino", "tensorrt")
+
+# What "openvino" computes; the other graphs are ONNX Runtime's there too. The op of pooling is this
+# package's own, and the decoder's cache is bound in place.
+TOWERS = ("vision", "vision_tokens", "text")
 
 
 class Engine(Protocol):
@@ -72,9 +77,12 @@ def open_engine(
     Args:
         path: The graph's file on this machine.
         spec: What the manifest says of it; the file must agree.
-        device: "cpu"; for "tensorrt" a bundle's plans are needed too, see `Bundle.engine`.
+        device: "cpu"; or "openvino", which takes the graphs whose files are named as in TOWERS and
+            leaves others to "cpu". For "tensorrt" a bundle's plans are needed too, see
+            `Bundle.engine`.
         threads: Threads that work on one operator; None is one per core this process may use.
-        lean: Whether to run slower in little memory, see `onnxruntime.open_session`.
+        lean: Whether to run slower in little memory, see `onnxruntime.open_session`; OpenVINO has
+            one way.
 
     Raises:
         DataError: The file is not a graph, or not the one that `spec` describes.
@@ -83,14 +91,76 @@ def open_engine(
         UnavailableError: The device, or the package for it, is missing.
         UsageError: `threads` is not positive.
     """
-    if device != "cpu":
+    if device not in ("cpu", "openvino"):
         raise UnavailableError(
-            f"no engine for device {device!r}: a file runs on 'cpu', a bundle on 'tensorrt' too"
+            f"no engine for device {device!r}: a file runs on 'cpu' and 'openvino', a bundle on "
+            "'tensorrt' too"
         )
-    # Imported where it is used: reading a manifest needs no backend, and loading one takes time.
+    # Imported where they are used: reading a manifest needs no backend, and loading one takes time.
+    if device == "openvino" and path.stem in TOWERS:
+        from ppllava_engines.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(path, spec, threads)
     from ppllava_engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, spec, threads, lean=lean)
+
+
+def count_threads(threads: int | None) -> int:
+    """How many threads are meant: as many as told, or one per core this process may use.
+
+    Raises:
+        UsageError: `threads` is not positive.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, expected 1 or more")
+    return threads or len(os.sched_getaffinity(0))
+
+
+def empty_output(spec: GraphSpec, name: str, size: int) -> NDArray[Any]:
+    """Room in this machine's memory for the output `name`; see `Engine.empty`."""
+    output = next(output for output in spec.outputs if output.name == name)
+    fixed = [axis for axis in output.shape[1:] if isinstance(axis, int)]
+    return np.empty((size, *fixed), output.dtype)
+
+
+def check_graph(
+    path: Path, spec: GraphSpec, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """Nothing, when the graph at `path` takes and gives what the manifest's `spec` says.
+
+    Raises:
+        DataError: What both say, in one sentence.
+    """
+    for what, found, expected in (
+        ("inputs", inputs, spec.inputs),
+        ("outputs", outputs, spec.outputs),
+    ):
+        by_name = {tensor.name: tensor for tensor in found}
+        if len(found) != len(expected) or not all(
+            tensor.name in by_name and _agree(by_name[tensor.name], tensor) for tensor in expected
+        ):
+            raise DataError(
+                f"{path}: the graph's {what} are {_listed(found)}, but the manifest says "
+                f"{_listed(expected)}: export it again"
+            )
+
+
+def _agree(found: TensorSpec, spec: TensorSpec) -> bool:
+    """Whether a graph's tensor can be what the manifest says; a dynamic axis agrees with any."""
+    return (
+        found.dtype == spec.dtype
+        and len(found.shape) == len(spec.shape)
+        and all(
+            a == b
+            for a, b in zip(found.shape, spec.shape, strict=True)
+            if isinstance(a, int) and isinstance(b, int)
+        )
+    )
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec}" for spec in specs) or "none"
 
 
 def check_feeds(

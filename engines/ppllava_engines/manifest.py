@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+# A prefill graph rounds all rows of a run by their largest number. The first tokens of a sequence,
+# which decoders make their landmarks, have some that are hundreds of times as large as any later
+# one's, so they go through the other graph; as do runs too short to gain from this one.
+ROWS_BEFORE_PREFILL = 8
 FAMILIES = ("clip", "siglip")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool")
 _CHUNK_BYTES = 1 << 20

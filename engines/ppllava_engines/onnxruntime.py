@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from ppllava_engines.bundle import GraphSpec, TensorSpec
-from ppllava_engines.engine import Array, check_feeds
+from ppllava_engines.engine import Array, check_feeds, check_graph, count_threads, empty_output
 from ppllava_engines.errors import (
     DataError,
     IncompatibleError,
     InternalError,
     NotFoundError,
     UnavailableError,
-    UsageError,
 )
 from ppllava_engines.native import CUSTOM_OPS, find_library
 
@@ -59,21 +57,16 @@ def open_session(
         UnavailableError: This package's own kernel was compiled, but cannot be loaded.
         UsageError: `threads` is not positive.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, expected 1 or more")
+    num_threads = count_threads(threads)
     if not path.is_file():
         raise NotFoundError(f"{path}: no such graph file")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = num_threads
     # By default idle threads spin, and those of several sessions then spin against each other and
     # against the video decoder: 2 to 3 times slower steps once a core is busy. ORT's process-wide
     # pool cures the first but cannot be told from Python not to spin. Without spinning an idle
     # machine loses some 5 % of a step at width 1024, or 0.05 ms of a tiny model's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Products of int8 and uint8 are added in pairs in 16 bits on x86 without VNNI, and saturate
-    # there: sums of a hundred times the right size are lost. With this ORT takes uint8 for both on
-    # such CPUs, which cannot saturate; elsewhere it changes nothing.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if lean:
         # Optimised weights and packed ones are copies of those in the file.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -130,18 +123,12 @@ class OnnxRuntimeEngine:
         self._name = path.stem
         self._spec = spec
         self._session = open_session(path, threads, lean=lean)
-        for what, nodes, specs in (
-            ("inputs", self._session.get_inputs(), spec.inputs),
-            ("outputs", self._session.get_outputs(), spec.outputs),
-        ):
-            found = {node.name: _tensor_spec(node) for node in nodes}
-            if len(found) != len(specs) or not all(
-                spec.name in found and _agree(found[spec.name], spec) for spec in specs
-            ):
-                raise DataError(
-                    f"{path}: the graph's {what} are {_listed(found.values())}, but the manifest "
-                    f"says {_listed(specs)}: export it again"
-                )
+        check_graph(
+            path,
+            spec,
+            [_tensor_spec(node) for node in self._session.get_inputs()],
+            [_tensor_spec(node) for node in self._session.get_outputs()],
+        )
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -174,28 +161,9 @@ class OnnxRuntimeEngine:
 
     def empty(self, name: str, size: int) -> NDArray[Any]:
         """Room for the output `name`; see `Engine.empty`."""
-        spec = next(spec for spec in self._spec.outputs if spec.name == name)
-        fixed = [axis for axis in spec.shape[1:] if isinstance(axis, int)]
-        return np.empty((size, *fixed), spec.dtype)
+        return empty_output(self._spec, name, size)
 
 
 def _tensor_spec(node: ort.NodeArg) -> TensorSpec:
     shape = tuple(axis if isinstance(axis, int | str) else "?" for axis in node.shape)
     return TensorSpec(node.name, _NUMPY_NAMES.get(node.type, node.type), shape)
-
-
-def _agree(found: TensorSpec, spec: TensorSpec) -> bool:
-    """Whether a graph's tensor can be what the manifest says; a dynamic axis agrees with any."""
-    return (
-        found.dtype == spec.dtype
-        and len(found.shape) == len(spec.shape)
-        and all(
-            a == b
-            for a, b in zip(found.shape, spec.shape, strict=True)
-            if isinstance(a, int) and isinstance(b, int)
-        )
-    )
-
-
-def _listed(specs: Iterable[TensorSpec]) -> str:
-    return ", ".join(f"{spec.name} {spec}" for spec in specs)

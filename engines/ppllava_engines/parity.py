@@ -8,8 +8,8 @@ not those of the stages before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from ppllava_engines import strict_json
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.engine import open_engine
 from ppllava_engines.errors import DataError, IncompatibleError, InternalError
+from ppllava_engines.manifest import ROWS_BEFORE_PREFILL
+from ppllava_engines.memory_parity import replay_memories
 from ppllava_engines.samples import Samples, prompt_embeds
 
 if TYPE_CHECKING:
@@ -31,14 +33,21 @@ Array = NDArray[Any]
 
 PARITY = "parity.json"
 STAGES = ("keys", "hidden", "text_embed", "relevance", "pooled", "logits")
+PREFILL_STAGE = "logits_prefill"
+_TOWER_STAGES = STAGES[:3]
 
 # Largest error allowed, as a share of the largest magnitude expected. A type rounds to 6e-8, 5e-4
 # and 4e-3 once; towers and decoder add up many roundings.
 _TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2}
 # Quantised parts move every value a little, the largest no more than others: what must stay is the
 # direction.
-_VISION_COSINES = {"int8": 0.98}
+_VISION_COSINES = {"int8": 0.98, "int8-static": 0.98}
 _DECODER_COSINES = {"int8": 0.99, "int4": 0.90}
+# Of which the prefill graph rounds what it multiplies as well.
+_PREFILL_COSINES = {"int8": 0.98, "int4": 0.90}
+_INT8_MEMORY_COSINE = 0.99
+# Of one value in float16. In a float16 memory each of the P products of a relevance has one such.
+_HALF_ROUNDING = 2.0**-11
 # Of one product in fp32, with some room: errors of P products add up like the root of P.
 _ROUNDING = 2.0**-22
 
@@ -48,7 +57,7 @@ class Stage:
     """One stage's distance from torch.
 
     Attributes:
-        name: One of STAGES.
+        name: One of STAGES or MEMORY_STAGES, or PREFILL_STAGE.
         shape: Of the values compared.
         max_error: Largest absolute difference over the largest magnitude expected.
         cosine: Between the two, flattened.
@@ -121,13 +130,15 @@ def replay(
 ) -> Iterator[Stage]:
     """Yields each stage's distance from torch, in the order of STAGES, as it is computed.
 
-    One graph is loaded at a time.
+    On a CPU the logits by way of a prefill graph follow, and those of MEMORY_STAGES, as far as the
+    bundle has graphs for them. One graph is loaded at a
+    time.
 
     Args:
         folder: Holds the files of `graphs` and `decoder`; for "tensorrt" it is a bundle with plans.
         samples: Of the same export.
         model: Says how frames are normalised.
-        graphs: vision, text and pool.
+        graphs: vision, text and pool, and those for other memories.
         decoder: The decoder.
         precision: Decides the limits.
         device: As in `Bundle.engine`.
@@ -147,12 +158,16 @@ def replay(
         if device == "tensorrt":
             return Bundle.open(folder).engine(name, device=device).run(feeds)
         spec = graphs[name]
-        mapped = lean and not (name == "vision" and precision.vision != "float")
+        # Those of tokens are parts of the vision graph.
+        quantized = precision.vision != "float" and (name == "vision" or "tokens" in name)
+        mapped = lean and not quantized
         engine = open_engine(folder / spec.path, spec, device, threads, lean=mapped)
         return engine.run(feeds)
 
+    towers = _precision_of_towers(precision, device)
+
     def stage(name: str, got: Array) -> Stage:
-        limits = _limits(name, precision, samples)
+        limits = _limits(name, towers if name in _TOWER_STAGES else precision, samples)
         return Stage.of(name, got, getattr(samples, name), **limits)
 
     dtype = graphs["vision"].inputs[0].dtype
@@ -168,12 +183,29 @@ def replay(
     del got
     prompt = (samples.prompt_before, samples.pooled, samples.prompt_after)
     embeds = prompt_embeds(folder / decoder.embedding, decoder.max_positions, *prompt)
-    lean = lean and precision.decoder == "float"
+    lean_decoder = lean and precision.decoder == "float"
     if device == "tensorrt":
         logits = _last_logits_of_plans(folder, embeds)
     else:
-        logits = _last_logits(folder, decoder, embeds, threads, lean)
+        logits = _last_logits(folder, decoder, embeds, [decoder.path], threads, lean_decoder)
     yield stage("logits", logits)
+    if device != "tensorrt":
+        if decoder.prefill:
+            paths = [decoder.path, decoder.prefill]
+            logits = _last_logits(folder, decoder, embeds, paths, threads, lean_decoder)
+            limit = _PREFILL_COSINES[precision.decoder]
+            yield Stage.of(PREFILL_STAGE, logits, samples.logits, min_cosine=limit)
+        for name, made, expected in replay_memories(run, samples, model, graphs, dtype):
+            yield Stage.of(name, made, expected, **_memory_limits(name, towers, samples))
+
+
+def _precision_of_towers(precision: Precision, device: str) -> Precision:
+    """Returns what the towers are held to: OpenVINO may compute in less than its graphs' type."""
+    if device != "openvino":
+        return precision
+    from ppllava_engines.openvino import compute_dtype
+
+    return replace(precision, dtype="bf16") if compute_dtype() == "bf16" else precision
 
 
 def _limits(name: str, precision: Precision, samples: Samples) -> dict[str, float]:
@@ -191,28 +223,54 @@ def _limits(name: str, precision: Precision, samples: Samples) -> dict[str, floa
     return {"tolerance": tolerance}
 
 
+def _memory_limits(name: str, precision: Precision, samples: Samples) -> dict[str, float]:
+    """The same of a stage of another memory."""
+    if name == "pooled_int8":
+        return {"min_cosine": _INT8_MEMORY_COSINE}
+    if precision.vision != "float" and name != "pooled_fp16":
+        return {"min_cosine": _VISION_COSINES[precision.vision]}
+    tolerance = max(_TOLERANCES["fp16"], _TOLERANCES[precision.dtype])
+    if name.startswith("pooled"):
+        # Products are of the size 1 / P, and their errors add up like the root of P.
+        tolerance += _HALF_ROUNDING / samples.keys.shape[-1] ** 0.5 * float(samples.gain)
+    return {"tolerance": tolerance}
+
+
 def _last_logits(
-    folder: Path, decoder: DecoderSpec, embeds: Array, threads: int | None, lean: bool
+    folder: Path,
+    decoder: DecoderSpec,
+    embeds: Array,
+    paths: Sequence[str],
+    threads: int | None,
+    lean: bool,
 ) -> Array:
     """Returns the logits (1, V) after the prompt: prefilled but for one token, which is a step.
 
-    So the cache is part of what is compared.
+    So the cache is part of what is compared. All is done by the first of `paths` but, where there
+    is a second, the part of the prompt that the runtime leaves to that one.
     """
     from ppllava_engines.onnxruntime import open_session
 
-    session = open_session(folder / decoder.path, threads, lean=lean)
+    length = embeds.shape[1]
+    sessions = [open_session(folder / path, threads, lean=lean) for path in paths]
+    session = sessions[0]
+    ends = [(session, length - 1), (session, length)]
+    if len(sessions) > 1 and length - 1 > ROWS_BEFORE_PREFILL:
+        ends[:1] = [(session, ROWS_BEFORE_PREFILL), (sessions[1], length - 1)]
     names = [output.name for output in session.get_outputs()]
     cache = np.zeros((1, decoder.num_kv_heads, 0, decoder.head_dim), np.dtype(decoder.dtype))
     past = {name: cache for name in names if name != "logits"}
-    for end, part in ((embeds.shape[1] - 1, embeds[:, :-1]), (embeds.shape[1], embeds[:, -1:])):
+    begin = 0
+    for session, end in ends:
         feeds = {name.replace("present", "past_key_values"): past[name] for name in past}
-        feeds["inputs_embeds"] = part
+        feeds["inputs_embeds"] = embeds[:, begin:end]
         feeds["attention_mask"] = np.ones((1, end), np.int64)
         try:
             past = dict(zip(names, session.run(names, feeds), strict=True))
         except Exception as error:  # ORT's exceptions share no base class
             raise InternalError(f"decoder: ONNX Runtime failed: {error}") from error
         logits: Array = past.pop("logits")
+        begin = end
     return logits[:, -1]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +18,7 @@ from ppllava_engines import devices, strict_json
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import IncompatibleError, UnavailableError, UsageError, run_command
 from ppllava_engines.manifest import Manifest
+from ppllava_engines.memory_layout import MEMORY_GRAPHS, MEMORY_KINDS, MemoryLayout
 from ppllava_engines.tensorrt.profiles import DEFAULT_TOKENS, FRAMES_PER_RUN, PART_OF_PROMPT
 
 if TYPE_CHECKING:
@@ -54,6 +56,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """One way of keeping a video for its next questions, on the CPU.
+
+    Attributes:
+        memory: As in `--memory`.
+        num_bytes: Of one video.
+        rerun: What each question about it runs again.
+    """
+
+    memory: str
+    num_bytes: int
+    rerun: str
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a bundle takes on a device.
 
@@ -64,6 +81,7 @@ class Estimate:
         build_bytes: The most while the plans are built, one after the other: an estimate.
         memory_bytes: What the device has.
         remedies: What would make it fit, each by itself; empty when it fits.
+        memories: What such a video takes where the CPU runs the bundle, in each memory it has.
         latency: That it is not predicted.
     """
 
@@ -74,6 +92,7 @@ class Estimate:
     build_bytes: int
     memory_bytes: int
     remedies: tuple[str, ...] = ()
+    memories: tuple[Kept, ...] = ()
     latency: str = LATENCY
 
     @property
@@ -114,6 +133,7 @@ def estimate(
     frames = _bounded("--frames", frames, model.default_frames, model.max_frames)
     tokens = _bounded("--max-tokens", tokens, min(DEFAULT_TOKENS, positions), positions)
     found = _estimate(manifest, device, frames, tokens)
+    found = replace(found, memories=tuple(_memories(manifest, frames)))
     if found.fits:
         return found
     return replace(found, remedies=tuple(_remedies(manifest, device, found)))
@@ -146,6 +166,8 @@ def main(argv: Sequence[str]) -> None:
 
         console = Console()
         console.print(table(found))
+        if found.memories:
+            console.print(memory_table(found))
         console.print(found.latency)
     if not found.fits:
         most = max(found.run_bytes, found.build_bytes)
@@ -178,6 +200,28 @@ def table(found: Estimate) -> Table:
     shown.add_row("the device", f"{found.memory_bytes / _GB:.2f}", "")
     shown.add_row("fits" if found.fits else "does not fit", "", "")
     return shown
+
+
+def memory_table(found: Estimate) -> Table:
+    """What one video takes in each memory, and what its questions run again."""
+    from rich.table import Table
+
+    shown = Table(title=f"on the CPU: a video of {found.frames} frames")
+    shown.add_column("--memory")
+    shown.add_column("GB", justify="right")
+    shown.add_column("each question runs")
+    for kept in found.memories:
+        shown.add_row(kept.memory, f"{kept.num_bytes / _GB:.3f}", kept.rerun)
+    return shown
+
+
+def _memories(manifest: Manifest, frames: int) -> Iterator[Kept]:
+    if manifest.precision.dtype == "bf16":  # which no CPU runs here
+        return
+    for kind in MEMORY_KINDS:
+        with suppress(IncompatibleError, UsageError):  # not of this bundle
+            layout = MemoryLayout.of(manifest, kind)
+            yield Kept(kind, layout.num_bytes(frames), layout.rerun)
 
 
 def _estimate(manifest: Manifest, device: Device, frames: int, tokens: int) -> Estimate:
@@ -265,7 +309,9 @@ def _remedies(manifest: Manifest, device: Device, found: Estimate) -> list[str]:
 
 def _weights(manifest: Manifest) -> dict[str, int]:
     """Size of each graph with its data, in bytes."""
-    paths = {name: graph.path for name, graph in manifest.graphs.items()}
+    paths = {
+        name: graph.path for name, graph in manifest.graphs.items() if name not in MEMORY_GRAPHS
+    }
     paths["decoder"] = manifest.decoder.path
     return {name: _file_bytes(manifest, path) for name, path in paths.items()}
 

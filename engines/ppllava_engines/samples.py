@@ -33,6 +33,8 @@ class Samples:
         prompt_before, prompt_after: (n,) int64, the decoder's ids around the pooled tokens.
         kernel, stride: (3,) int64, of the pooling.
         keys, hidden, text_embed, pooled: (T, L, P), (T, L, D), (1, P), (N, D), of the graphs' type.
+        tokens: (T, L, C) float16, what keys and hidden are made of.
+        norms: (T, L) float32, of each token the length of its key before it is made one.
         relevance: (T, h, w) float32.
         logits: (1, V) float32, of the prompt's last position.
         gain: () float32, by how much the pooling magnifies an error of the relevance:
@@ -45,6 +47,8 @@ class Samples:
     prompt_after: Array
     kernel: Array
     stride: Array
+    tokens: Array
+    norms: Array
     keys: Array
     hidden: Array
     text_embed: Array
@@ -94,6 +98,8 @@ _FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
     "prompt_after": (("int64",), 1),
     "kernel": (("int64",), 1),
     "stride": (("int64",), 1),
+    "tokens": (("float16",), 3),
+    "norms": (("float32",), 2),
     "keys": (_FLOATS, 3),
     "hidden": (_FLOATS, 3),
     "text_embed": (_FLOATS, 2),

@@ -1,8 +1,8 @@
 """What each precision costs: `python -m tiny_world.precisions [--clips 100]`.
 
 The committed checkpoint is exported once for each precision. Every bundle answers one question
-about each of the same held-out clips; torch answers them in fp32. Int8 vision is calibrated on
-clips of seeds that nothing else uses. What is printed is the table in README.md.
+about each of the same held-out clips; torch answers them in fp32. Static int8 vision is calibrated
+on clips of seeds that nothing else uses. What is printed is the table in README.md.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Order:
     """One precision."""
 
     dtype: Literal["fp32", "fp16"]
-    vision: Literal["int8"] | None = None
+    vision: Literal["int8", "int8-static"] | None = None
     decoder: Literal["int8", "int4"] | None = None
+    prefill: Literal["int8"] | None = None
 
     def __str__(self) -> str:
-        parts = {"vision": self.vision, "decoder": self.decoder}
+        parts = {"vision": self.vision, "decoder": self.decoder, "prefill": self.prefill}
         return ", ".join([self.dtype, *(f"{part} {to}" for part, to in parts.items() if to)])
 
 
@@ -48,11 +49,12 @@ ORDERS = (
     Order("fp32"),
     Order("fp16"),
     Order("fp32", vision="int8"),
-    Order("fp16", vision="int8"),
+    Order("fp32", vision="int8-static"),
+    Order("fp16", vision="int8-static"),
     Order("fp16", decoder="int8"),
     Order("fp16", decoder="int4"),
-    Order("fp32", vision="int8", decoder="int8"),
-    Order("fp16", vision="int8", decoder="int8"),
+    Order("fp32", vision="int8", decoder="int8", prefill="int8"),
+    Order("fp16", vision="int8-static", decoder="int8"),
 )
 
 
@@ -87,9 +89,10 @@ def export_all(
             checkpoint,
             bundle,
             order.dtype,
-            vision=order.vision,
+            vision="int8" if order.vision else None,
             decoder=order.decoder,
-            calibration=videos if order.vision else (),
+            prefill=order.prefill,
+            calibration=videos if order.vision == "int8-static" else (),
         )
         num_bytes = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
         cosines = {stage.name: stage.cosine for stage in Parity.read(bundle).stages}

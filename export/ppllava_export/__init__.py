@@ -29,6 +29,7 @@ def export_bundle(
     *,
     vision: Literal["int8"] | None = None,
     decoder: Literal["int8", "int4"] | None = None,
+    prefill: Literal["int8"] | None = None,
     calibration: Sequence[str | Path] = (),
     clip: str | None = None,
     skip_tokenizer: bool = False,
@@ -46,9 +47,11 @@ def export_bundle(
         out: The bundle's folder.
         precision: Type of the graphs' floats. fp16 and bf16 keep fp32 where it matters; bf16 is for
             TensorRT, ONNX Runtime's CPU cannot run it.
-        vision: int8 quantizes the vision graph's linear layers, calibrated on `calibration`.
+        vision: int8 quantizes the vision graph's linear layers: of the tower by what each run
+            brings, for CPUs; with `calibration` all of them, by what those videos bring.
         decoder: Type of the decoder's weights where it is not that of the floats.
-        calibration: Videos like those the model will see; needed for `vision` and only there.
+        prefill: int8 adds a second decoder graph, for CPUs, which reads prompts faster.
+        calibration: Videos like those the model will see; only with `vision`.
         clip: `open_clip:MODEL[:FILE]` puts that model's text tower and projections in the place of
             the checkpoint's.
         skip_tokenizer: Allows a checkpoint without tokenizer files; such a bundle runs on ids.
@@ -77,7 +80,12 @@ def export_bundle(
         ) from error
     order = Order(
         checkpoint=Path(checkpoint),
-        precision=Precision(precision, vision or "float", decoder or "float"),
+        precision=Precision(
+            dtype=precision,
+            vision="int8-static" if vision == "int8" and calibration else vision or "float",
+            decoder=decoder or "float",
+            prefill=prefill or "same",
+        ),
         calibration=tuple(Path(video) for video in calibration),
         clip=clip,
         skip_tokenizer=skip_tokenizer,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,20 @@ from ppllava_runtime.video import read_clip
 from .checkpoint import Checkpoint
 from .mapped import streamed_fp32
 from .modules.config import ModelConfig
-from .modules.model import PPLLaVA
 from .vision_int8 import Channels
 
 _FRAMES_PER_VIDEO = 8
 _NO_PRODUCTS = (nn.LayerNorm, nn.Conv2d, nn.Embedding)
+
+
+class Encoder(Protocol):
+    """What is looked at while it encodes frames, e.g. a PPLLaVA."""
+
+    def encode(self, pixel_values: Tensor) -> object:
+        """Runs the linear layers that are looked at on frames (T, 3, S, S)."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module below it by name."""
 
 
 def calibrate(checkpoint: Checkpoint, videos: Sequence[Path]) -> dict[str, Channels]:
@@ -58,7 +67,7 @@ def read_frames(video: Path, config: ModelConfig) -> NDArray[np.float32]:
     return pixel_values(frames, config.vision.image_size, config.image_mean, config.image_std)
 
 
-def observe(model: PPLLaVA, clips: Iterable[NDArray[np.float32]]) -> dict[str, Channels]:
+def observe(model: Encoder, clips: Iterable[NDArray[np.float32]]) -> dict[str, Channels]:
     """Returns what each linear layer is fed while the model encodes pixel_values of clips."""
     totals: dict[str, _Total] = {}
     with _watched(model, totals):
@@ -87,7 +96,7 @@ class _Total:
 
 
 @contextmanager
-def _watched(model: PPLLaVA, totals: dict[str, _Total]) -> Iterator[None]:
+def _watched(model: Encoder, totals: dict[str, _Total]) -> Iterator[None]:
     """Adds what linear layers are fed to `totals` in the block."""
 
     def watch(name: str) -> Any:

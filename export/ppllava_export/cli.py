@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
             args.dtype,
             vision=args.vision,
             decoder=args.decoder,
+            prefill=args.prefill,
             calibration=args.calibrate,
             clip=args.clip,
             skip_tokenizer=args.skip_tokenizer,
@@ -110,8 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--vision", choices=("int8",), help="quantize the vision graph's linear layers")
     add("--calibrate", type=Path, nargs="+", action="extend", default=[],
         metavar="VIDEO",
-        help="videos like those the model will see, for --vision int8")  # fmt: skip
+        help="videos like those the model will see: --vision int8 by what they bring, "
+             "for TensorRT and OpenVINO")  # fmt: skip
     add("--decoder", choices=("int8", "int4"), help="quantize the decoder's weights")
+    add("--prefill", choices=("int8",),
+        help="a second decoder graph, for prompts, beside a quantized decoder")  # fmt: skip
     add("--clip", metavar="open_clip:MODEL[:FILE]",
         help="text tower and projections from open_clip instead of the checkpoint's")  # fmt: skip
     add("--skip-tokenizer", action="store_true", help="export a checkpoint without tokenizer files")

@@ -24,9 +24,11 @@ from ppllava_engines.errors import IncompatibleError
 
 from .decoder_quantization import Bits, Quantization
 from .decoder_weights import Matrix
+from .initializers import save_beside
 from .precision import edge
 
 GRAPH = "decoder/model.onnx"
+PREFILL = "decoder/prefill.onnx"
 EMBEDDING = "decoder/embedding.npy"
 _ROWS = 4096  # of the embedding table, converted at a time
 _LM_HEAD = "/lm_head/MatMul"
@@ -55,8 +57,11 @@ class _Builder(GenaiModel):  # type: ignore[misc]  # the builder has no types
         dtype: torch.dtype,
         quantization: Quantization | None,
         release: Callable[[], None],
+        *,
+        is_prefill: bool = False,
     ) -> None:
         self._language_model = language_model
+        self._is_prefill = is_prefill
         self._bits = _BITS[quantization] if quantization else None
         self._release = release
         config = copy.deepcopy(language_model.config)
@@ -135,8 +140,14 @@ class _Builder(GenaiModel):  # type: ignore[misc]  # the builder has no types
     ) -> str:
         matrix = matmul if isinstance(matmul, Matrix) else Matrix([matmul.weight], self._release)
         output = "logits" if kwargs.get("logits") else f"{name}/output_0"
-        inputs = [root_input, self._make_weight(matrix, name)]
-        self.make_node("MatMul", inputs=inputs, outputs=[output], name=name)
+        if self._is_prefill and name != _LM_HEAD:
+            weights = matrix.columns(_weight_name(name))
+            inputs = [root_input, *map(self._make_lazy, weights)]
+            op, domain = "DynamicQuantizeMatMul", "com.microsoft"
+            self.make_node(op, inputs=inputs, outputs=[output], name=name, domain=domain)
+        else:
+            inputs = [root_input, self._make_weight(matrix, name)]
+            self.make_node("MatMul", inputs=inputs, outputs=[output], name=name)
         shape = self.make_hidden_state_shape(
             seq_dim=kwargs.get("seq_dim", "sequence_length"), last_dim=matrix.num_outputs
         )
@@ -145,7 +156,7 @@ class _Builder(GenaiModel):  # type: ignore[misc]  # the builder has no types
 
     def _make_weight(self, matrix: Matrix, name: str) -> str:
         """Returns the value that holds the weights (K, N) of the node `name` as floats."""
-        weight = name.removeprefix("/").replace("/", ".") + ".weight"
+        weight = _weight_name(name)
         # Its error goes straight into the logits, so the head never has less than eight bits.
         bits: Bits | None = 8 if self._bits and name == _LM_HEAD else self._bits
         block = matrix.block_size(bits) if bits else None
@@ -180,6 +191,7 @@ def export_decoder(
     folder: Path,
     *,
     quantization: Quantization | None,
+    prefill: bool = False,
     release: Callable[[], None],
 ) -> DecoderSpec:
     """Returns the spec of the decoder that it writes below the bundle's `folder`.
@@ -195,6 +207,11 @@ def export_decoder(
         folder: The bundle.
         quantization: Of the linears' weights; None leaves them floats. A linear whose inputs no
             block divides stays float, and the head has no less than eight bits.
+        prefill: Whether to write a second graph for prompts, of float32 only: the same, but that
+            its linears, except the head, multiply int8 by int8. A run's inputs of a linear share
+            one scale, so what begins a sequence must not be among them: decoders attend to their
+            first tokens far more than to others, and some of those inputs are hundreds of times
+            as large.
         release: Called after each slice of weights that was read, to let go of its pages.
 
     Raises:
@@ -209,11 +226,16 @@ def export_decoder(
     except (NotImplementedError, KeyError) as error:
         raise IncompatibleError(f"decoder: no graph can be made of it: {error}") from error
     builder.save_model(str((folder / GRAPH).parent))
+    if prefill:
+        for_prompts = _Builder(language_model, dtype, quantization, release, is_prefill=True)
+        for_prompts.make_model("")
+        save_beside(for_prompts.model, folder / PREFILL, folder / GRAPH)
     edge_name = str(edge(dtype)).removeprefix("torch.")
     table = language_model.get_parameter("model.embed_tokens.weight")
     _write_table(table, folder / EMBEDDING, np.dtype(edge_name), release)
     return DecoderSpec(
         path=GRAPH,
+        prefill=PREFILL if prefill else None,
         embedding=EMBEDDING,
         vocab_size=table.shape[0],
         width=table.shape[1],
@@ -224,6 +246,10 @@ def export_decoder(
         dtype=edge_name,
         eos_token_ids=eos_token_ids,
     )
+
+
+def _weight_name(node: str) -> str:
+    return node.removeprefix("/").replace("/", ".") + ".weight"
 
 
 def _layer_types(config: Any) -> list[str]:

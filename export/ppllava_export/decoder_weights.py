@@ -17,6 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
 
 from .decoder_quantization import Bits, block_size, pack_int4, quantize
+from .int8_weights import column_steps, round_columns
 
 _SLICE = 1 << 19  # weights at a time: larger slices leave the processor's cache and take longer
 
@@ -56,11 +57,11 @@ class Matrix:
 
     def quantized(
         self, name: str, bits: Bits, scale_dtype: ir.DataType
-    ) -> tuple[ir.LazyTensor, ...]:
+    ) -> tuple[ir.LazyTensor, ir.LazyTensor]:
         """Returns the inputs of a DequantizeLinear along axis 0 that makes the weights (K, N).
 
         These are integers (K, N) and scales (K / block, N), which are made together, so write them
-        one after the other; for int8 also zero points like the scales.
+        one after the other.
         """
         block = self.block_size(bits)
         assert block is not None
@@ -79,18 +80,42 @@ class Matrix:
                 scales = self._quantize(bits, block, scale_dtype.numpy())[1]
             return ir.Tensor(scales, dtype=scale_dtype, name=f"{name}_scales")
 
-        def make_zeros() -> ir.TensorProtocol:
-            return ir.Tensor(np.zeros(blocks.numpy(), np.int8), name=f"{name}_zeros")
-
-        made = (
+        return (
             ir.LazyTensor(make_integers, dtype, whole, name=name),
             ir.LazyTensor(make_scales, scale_dtype, blocks, name=f"{name}_scales"),
         )
-        if bits == 4:
-            return made
-        # Where ONNX Runtime turns int8 into uint8 (session.x64quantprecision, which quantized
-        # activations need), it gives weights without zero points one that blocks cannot have.
-        return (*made, ir.LazyTensor(make_zeros, dtype, blocks, name=f"{name}_zeros"))
+
+    def columns(self, name: str) -> tuple[ir.LazyTensor, ir.LazyTensor]:
+        """Returns weights (K, N) as int8 with a float32 step (N,) per output; see `int8_weights`.
+
+        They are made together, so write them one after the other.
+        """
+        whole, outputs = self._shape(self.num_inputs), ir.Shape((self.num_outputs,))
+
+        def make_integers() -> ir.TensorProtocol:
+            values, self._scales = self._round_columns()
+            return ir.Tensor(values, name=f"{name}_columns")
+
+        def make_steps() -> ir.TensorProtocol:
+            steps, self._scales = self._scales, None
+            if steps is None:
+                steps = self._round_columns()[1]
+            return ir.Tensor(steps, name=f"{name}_steps")
+
+        return (
+            ir.LazyTensor(make_integers, ir.DataType.INT8, whole, name=f"{name}_columns"),
+            ir.LazyTensor(make_steps, ir.DataType.FLOAT, outputs, name=f"{name}_steps"),
+        )
+
+    def _round_columns(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        values = np.empty((self.num_inputs, self.num_outputs), np.int8)
+        steps = np.empty(self.num_outputs, np.float32)
+        for start, rows in self._slices():
+            columns = np.ascontiguousarray(rows.float().numpy().T)
+            end = start + len(rows)
+            steps[start:end] = column_steps(columns)
+            values[:, start:end] = round_columns(columns, steps[start:end])
+        return values, steps
 
     def _quantize(
         self, bits: Bits, block: int, scale_dtype: np.dtype[Any]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .config_files import text_token_ids
 from .decoder import export_decoder
 from .graphs import export_newline, export_pool, export_text, export_vision
+from .memory_graphs import export_memory_graphs
 from .open_clip_source import OpenClipSpec
 from .parity import make_samples, measure
 from .precision import DTYPES
@@ -37,6 +39,7 @@ from .tokenizer_files import (
     next_turn_template,
     read_tokenizers,
 )
+from .vision_int8 import Channels
 
 _TOOLS = (
     "ppllava-edge",
@@ -65,21 +68,32 @@ class Order:
     skip_tokenizer: bool = False
 
     def __post_init__(self) -> None:
-        dtype, vision, decoder = vars(self.precision).values()
+        dtype, vision, decoder, prefill = vars(self.precision).values()
         for name, value, choices in (
             ("precision", dtype, tuple(DTYPES)),
-            ("vision", vision, ("float", "int8")),
+            ("vision", vision, ("float", "int8", "int8-static")),
             ("decoder", decoder, ("float", "int8", "int4")),
+            ("prefill", prefill, ("same", "int8")),
         ):
             if value not in choices:
                 raise UsageError(f"{name} is {value!r}, expected {' or '.join(choices)}")
-        if vision == "int8" and not self.calibration:
+        if vision == "int8-static" and not self.calibration:
             raise UsageError(
-                "an int8 vision graph is calibrated on videos: give some like those that the "
+                "a static int8 vision graph is calibrated on videos: give some like those that the "
                 "model will see, by --calibrate"
             )
-        if self.calibration and vision != "int8":
+        if self.calibration and vision != "int8-static":
             raise UsageError("calibration videos are for an int8 vision graph: add --vision int8")
+        if vision == "int8" and dtype != "fp32":
+            raise UsageError(
+                f"an int8 vision graph without calibration is for CPUs and float32, not {dtype}: "
+                "leave --dtype away, or give videos by --calibrate"
+            )
+        if prefill == "int8" and (decoder == "float" or dtype != "fp32"):
+            raise UsageError(
+                f"an int8 prefill graph is for CPUs and goes with an int8 or int4 decoder of "
+                f"float32, not with {decoder} of {dtype}: add --decoder int8, leave --dtype away"
+            )
 
 
 def export(order: Order, out: Path, overwrite: bool, on_stage: Callable[[str], None]) -> Manifest:
@@ -101,17 +115,21 @@ def export(order: Order, out: Path, overwrite: bool, on_stage: Callable[[str], N
             if not order.skip_tokenizer:
                 tokenizers = read_tokenizers(checkpoint.config, checkpoint.files)
         with stage("calibration"):
-            scales = None
+            layers: Mapping[str, Channels] | Literal["int8"] | None = None
             if precision.vision == "int8":
+                layers = "int8"
+            elif precision.vision == "int8-static":
                 from .calibration import calibrate
 
-                scales = calibrate(checkpoint, order.calibration)
+                layers = calibrate(checkpoint, order.calibration)
         with stage("vision graph"):
-            graphs = {"vision": export_vision(checkpoint, dtype, staging, scales)}
+            graphs = {"vision": export_vision(checkpoint, dtype, staging, layers)}
         with stage("text graph"):
             graphs["text"] = export_text(checkpoint, dtype, staging)
         with stage("pool graph"):
             graphs["pool"] = export_pool(checkpoint, dtype, staging)
+            projector, grid = checkpoint.model().multi_modal_projector, checkpoint.config.grid
+            graphs |= export_memory_graphs(projector, grid, dtype, staging)
             newline = export_newline(checkpoint, dtype, staging)
         tokenizer = tokenizers.decoder if tokenizers else None
         with stage("decoder"):
@@ -121,6 +139,7 @@ def export(order: Order, out: Path, overwrite: bool, on_stage: Callable[[str], N
                 dtype,
                 staging,
                 quantization=None if quantization == "float" else quantization,
+                prefill=precision.prefill == "int8",
                 release=checkpoint.weights.release,
             )
         model = _model_spec(checkpoint, tokenizer)

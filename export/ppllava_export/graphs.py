@@ -11,6 +11,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -26,12 +27,13 @@ from .modules.model import PPLLaVA
 from .pool_graph import OPSET, pool_graph
 from .precision import cast, edge, keep_softmax_fp32
 from .quiet import quiet
+from .vision_dynamic_int8 import quantize_tower
 from .vision_int8 import Channels, quantize_vision
 
 VISION_TOKENS = "vision_tokens"  # the value inside the vision graph that tests look at
 NEWLINE = "image_newline.npy"
-# Weights above this size are memory-mapped from a file of their own.
-EXTERNAL_BYTES = 32 << 20
+# Weights above this size are memory-mapped from a file of their own, which graphs may share.
+EXTERNAL_BYTES = 1 << 20
 _PRODUCER = "ppllava-edge"
 _EXAMPLE_FRAMES = 2  # the tracer takes 0 and 1 for constants
 _EXAMPLE_TOKENS = 4
@@ -71,7 +73,7 @@ def export_vision(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     folder: Path,
-    seen: Mapping[str, Channels] | None = None,
+    quantization: Mapping[str, Channels] | Literal["int8"] | None = None,
 ) -> GraphSpec:
     """Returns the spec of the vision graph that it writes below the bundle's `folder`.
 
@@ -81,14 +83,14 @@ def export_vision(
         checkpoint: The model.
         dtype: Type of the graph's floats.
         folder: The bundle.
-        seen: What the linear layers that compute in int8 are fed, see `vision_int8`; None leaves
-            all of them floats.
+        quantization: What the linear layers that compute in int8 are fed, see `vision_int8`; or
+            "int8", where each run tells, see `vision_dynamic_int8`; None leaves all of them floats.
 
     Raises:
-        DataError: None of the layers in `seen` can compute in int8.
+        DataError: None of the layers that are named can compute in int8.
     """
     side, frames = checkpoint.config.vision.image_size, checkpoint.config.max_frames
-    graph = _trace(
+    graph = trace(
         _Vision(checkpoint.skeleton(), dtype),
         torch.empty(min(_EXAMPLE_FRAMES, frames), 3, side, side, dtype=edge(dtype), device="meta"),
         {0: Dim("T", max=frames)} if frames > 1 else {},
@@ -98,8 +100,10 @@ def export_vision(
     bind(graph, checkpoint.tensor, checkpoint.weights.release)
     simplify(graph)
     keep_softmax_fp32(graph)
-    if seen is not None:
-        quantize_vision(graph, seen)
+    if quantization == "int8":
+        quantize_tower(graph)
+    elif quantization is not None:
+        quantize_vision(graph, quantization)
     del graph.graph.outputs[-1]  # the value stays, by its name
     return _save(graph, "vision", folder)
 
@@ -114,7 +118,7 @@ def export_text(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> Gra
     config = checkpoint.config.text
     causal = config.pad_token_id is None
     num_tokens = _EXAMPLE_TOKENS if causal else config.positions
-    graph = _trace(
+    graph = trace(
         _Text(checkpoint.skeleton(), dtype),
         torch.empty(1, num_tokens, dtype=torch.int64, device="meta"),
         {1: Dim("n", max=config.positions)} if causal else {},
@@ -152,13 +156,22 @@ def export_newline(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> 
     return NEWLINE
 
 
-def _trace(
+def trace(
     module: nn.Module,
     example: Tensor,
     dynamic: dict[int, Dim],
     input_names: list[str],
     output_names: list[str],
 ) -> ir.Model:
+    """Returns the graph of a module without weights, whose initializers bear their names.
+
+    Args:
+        module: On the device "meta", as `example` is.
+        example: What it takes.
+        dynamic: Axes of `example` that may have any size.
+        input_names: Of the graph.
+        output_names: Of the graph.
+    """
     with quiet():
         program = torch.onnx.export(
             module.eval(),

@@ -7,6 +7,7 @@ become lazy: each is read, cast and rearranged when it is saved, and forgotten r
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -51,6 +52,28 @@ def bind(model: ir.Model, read: Callable[[str], Tensor], release: Callable[[], N
         if isinstance(raw, Tensor) and raw.device.type == "meta":
             assert value.dtype is not None
             value.const_value = lazy(name, value.dtype, read, release)
+
+
+def save_beside(model: ir.Model, path: Path, other: Path) -> None:
+    """Writes a graph whose tensors stay in the other's data file where that has them, by name.
+
+    Args:
+        model: The graph.
+        path: Its file, in the folder of the other's.
+        other: A graph with all of its tensors in a file of data.
+    """
+    model.graph.sort()
+    initializers = model.graph.initializers
+    there = ir.load(other).graph.initializers
+    own = [name for name in initializers if name not in there]
+    values = [initializers[name].const_value for name in own]
+    tensors = [value for value in values if value is not None]
+    stored = ir.external_data.convert_tensors_to_external(tensors, path.parent, f"{path.name}.data")
+    for name, tensor in zip(own, stored, strict=True):
+        initializers[name].const_value = tensor
+    for name in initializers.keys() - set(own):
+        initializers[name].const_value = there[name].const_value
+    ir.save(model, path)
 
 
 def simplify(model: ir.Model) -> None:

@@ -37,6 +37,7 @@ _PROMPT_TOKENS = 8  # on either side of the pooled ones
 _MAX_KERNEL_FRAMES = 4  # of the samples' pooling: full-size towers take seconds for a frame
 _COARSE = (3, 6, 6)  # of which smooth pictures over (T, h, w) are made
 _VOCABULARY_ROWS = 8192  # of the head, widened at a time
+_LEAST_NORM = 1e-12  # that of torch's normalize
 _BACKEND = "ONNX Runtime's CPU"
 
 
@@ -59,8 +60,12 @@ def make_samples(
     )
     with torch.no_grad(), streamed_fp32(model, checkpoint.weights.release):
         pixels = pixel_values(frames, config.image_mean, config.image_std, dtype)
-        keys, hidden = (_stored(out, dtype) for out in model.encode(_given(pixels)))
         projector = model.multi_modal_projector
+        tokens = model.vision_tower.vision_model(_given(pixels))
+        aligned = projector.aligned_tokens(tokens)
+        norms = aligned.norm(dim=-1).clamp_min(_LEAST_NORM)
+        keys = _stored(aligned / norms[..., None], dtype)
+        hidden = _stored(projector.hidden(tokens), dtype)
         text_embed = _stored(projector.text_embed(torch.from_numpy(text_ids)), dtype)
         pooled, relevance = projector.pool(
             _given(keys),
@@ -78,6 +83,8 @@ def make_samples(
         logits = _logits(model, _given(embeds), checkpoint)
     return Samples(
         **inputs,
+        tokens=_stored(tokens, np.dtype(np.float16)),
+        norms=norms.numpy(),
         keys=keys,
         hidden=hidden,
         text_embed=text_embed,
@@ -106,7 +113,7 @@ def measure(
     told = str(precision)
     if precision.vision != "float":
         rounded, layers = count_layers(folder / graphs["vision"].path)
-        told += f" ({rounded} of {layers} vision layers are {precision.vision})"
+        told += f" ({rounded} of {layers} vision layers are int8)"
     if precision.dtype != "bf16":
         stages = replay(folder, samples, graphs=graphs, decoder=decoder, lean=True, **parts)
         return Parity(told, _BACKEND, tuple(stages))

@@ -2,20 +2,16 @@
 
 A linear layer of which a calibration knows the input is computed from int8: its input through
 QuantizeLinear and DequantizeLinear with one step for all, its weight stored as int8 with a step per
-output channel. Both are symmetric, as TensorRT takes them; what comes out is of the graph's own
-float type, and so is everything between the layers: patches, norms, attention, activations.
-
-Some channels of a vision transformer are a hundred times larger than the rest, and with one step
-for all the rest would be rounded away. So each channel is first divided by a power of two and its
-row of the weight multiplied by it, which changes nothing but the last bits of what is rounded. A
-layer norm before the layer takes the division in its own weights, elsewhere it is one Mul.
+output channel, see `int8_weights`. Both are symmetric, as TensorRT takes them; what comes out is
+of the graph's own float type, and so is everything between the layers: patches, norms, attention,
+activations. The input's channels are evened out first, see `linear_layers`: by the layer norm that
+makes them, elsewhere by one Mul.
 """
 
 from __future__ import annotations
 
-import ast
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,23 @@ import onnx_ir as ir
 
 from ppllava_engines.errors import DataError, InternalError
 
+from .int8_weights import LEVELS, column_steps, round_columns
+from .linear_layers import (
+    constant,
+    divide_norm,
+    even_factors,
+    float32,
+    initializer,
+    largest_rows,
+    linear_layers,
+    norm_of,
+    remove_unused,
+    shape,
+    tensor,
+)
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_LEVELS = 127  # on either side of zero; -128 is left out, so that the range is symmetric
 # Chosen on DINOv2-S, whose 72 linear layers saw 24 frames of real videos; measured on 12 others, as
 # the cosine of its features with torch's in fp32, and the least of a single token's:
 #   one step for all channels, up to the largest magnitude   0.9901, 0.81
@@ -35,10 +45,6 @@ _LEVELS = 127  # on either side of zero; -128 is left out, so that the range is 
 #   and the 6 layers with noisy inputs left float            0.9988, 0.992
 # Steps of least squared error, which cut off what is largest, were worse: 0.973 against 0.993 from
 # 12 frames.
-# How much of a channel's size goes from the input to the weight, 0 to 1.
-_SHIFT = 0.65
-# Channels below this share of the largest are treated as if they had it.
-_SMALLEST = 1e-3
 # Signal to noise of a rounded input, in decibels, below which its layers stay float.
 _LEAST_SIGNAL = 30.0
 
@@ -71,7 +77,7 @@ def quantize_vision(model: ir.Model, seen: Mapping[str, Channels]) -> None:
         DataError: Every layer stays as it is.
         InternalError: Layers that the graph does not have; all are named.
     """
-    found = dict(_linears(model.graph))
+    found = dict(linear_layers(model.graph))
     missing = sorted(seen.keys() - found.keys())
     if missing:
         raise InternalError(
@@ -93,9 +99,7 @@ def quantize_vision(model: ir.Model, seen: Mapping[str, Channels]) -> None:
             f"feed each of them is within {_LEAST_SIGNAL:g} dB of the rounding: calibrate on other "
             "videos, or leave the vision graph float"
         )
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            del model.graph.initializers[name]
+    remove_unused(model.graph)
 
 
 def count_layers(path: Path) -> tuple[int, int]:
@@ -104,18 +108,9 @@ def count_layers(path: Path) -> tuple[int, int]:
     weights = [node.inputs[1] for node in graph if node.op_type == "MatMul" and not node.domain]
     makers = [weight.producer() for weight in weights if weight is not None]
     rounded = sum(1 for maker in makers if maker and maker.op_type == "DequantizeLinear")
+    rounded += sum(1 for node in graph if node.op_type == "MatMulInteger")
     floats = sum(1 for weight in weights if weight is not None and weight.is_initializer())
     return rounded, rounded + floats
-
-
-def _linears(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
-    """Yields (module name, MatMul) of every product with a weight."""
-    for node in graph:
-        if node.op_type == "MatMul" and node.domain == "":
-            weight = node.inputs[1]
-            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-            if weight is not None and weight.const_value is not None and len(scopes) > 1:
-                yield str(scopes[-2]), node
 
 
 def _quantize(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node], seen: Channels) -> bool:
@@ -123,74 +118,39 @@ def _quantize(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node], seen: Chan
 
     It does not where that loses too much.
     """
-    weights = [_constant(node.inputs[1]) for node in nodes]
-    largest = np.max([np.abs(_float32(weight)).max(axis=1) for weight in weights], axis=0)
-    factors = _factors(seen.peaks, largest)
-    step = float((seen.peaks / factors).max()) / _LEVELS or 1.0
+    factors = even_factors(seen.peaks, largest_rows(nodes))
+    step = float((seen.peaks / factors).max()) / LEVELS or 1.0
     noise = step**2 / 12
     signal = float((seen.powers / factors**2).mean())
     if signal < noise * 10 ** (_LEAST_SIGNAL / 10):
         return False
     divided = _divided(graph, x, nodes, factors)
-    for node, weight in zip(nodes, weights, strict=True):
+    for node in nodes:
         # A pair for each layer: ONNX Runtime leaves products as they are whose quantized input has
         # more than one reader.
         node.replace_input_with(0, _rounded(graph, node, divided, step))
-        node.replace_input_with(1, _stored(graph, node, weight, factors))
+        node.replace_input_with(1, _stored(graph, node, constant(node.inputs[1]), factors))
     return True
-
-
-def _factors(peaks: Array, largest: Array) -> Array:
-    """Returns the power of two (K,) by which each channel is divided.
-
-    Args:
-        peaks: (K,), largest magnitude of the input.
-        largest: (K,), largest magnitude in each row of the weights.
-    """
-    a, b = (
-        np.maximum(sizes, _SMALLEST * sizes.max()) if sizes.max() > 0 else np.ones_like(sizes)
-        for sizes in (peaks, largest)
-    )
-    factors: Array = np.exp2(np.rint(_SHIFT * np.log2(a) - (1 - _SHIFT) * np.log2(b)))
-    return factors.astype(np.float32)
 
 
 def _divided(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node], factors: Array) -> ir.Value:
     """Returns `x` with its channels divided, by the norm that it comes from where there is one."""
-    norm = _norm_of(x, nodes)
-    if norm is None:
-        inverse = _initializer(graph, f"{x.name}.shrink", _tensor(1 / factors, _dtype(x)))
-        node = ir.node("Mul", [x, inverse], metadata_props=nodes[0].metadata_props)
-        _describe(node, f"{x.name}.even", x)
-        graph.insert_before(nodes[0], node)
-        return node.outputs[0]
-    for index in (1, 2):
-        part = norm.inputs[index] if index < len(norm.inputs) else None
-        if part is not None:
-            old = _constant(part)
-            shrunk = _tensor(_float32(old) / factors, old.dtype)
-            norm.replace_input_with(index, _initializer(graph, f"{part.name}.even", shrunk))
-    return x
-
-
-def _norm_of(x: ir.Value, nodes: Sequence[ir.Node]) -> ir.Node | None:
-    """Returns the layer norm that makes `x` for `nodes` and nothing else, None if there is none."""
-    if {node for node, _ in x.uses()} != set(nodes) or x.is_graph_output():
-        return None
-    node = x.producer()
-    if node is not None and node.op_type == "Cast":  # norms compute in fp32 in every precision
-        before = node.inputs[0]
-        if before is None or len(before.uses()) > 1 or before.is_graph_output():
-            return None
-        node = before.producer()
-    return node if node is not None and node.op_type == "LayerNormalization" else None
+    norm = norm_of(x, nodes)
+    if norm is not None:
+        divide_norm(graph, norm, factors)
+        return x
+    inverse = initializer(graph, f"{x.name}.shrink", tensor(1 / factors, _dtype(x)))
+    node = ir.node("Mul", [x, inverse], metadata_props=nodes[0].metadata_props)
+    _describe(node, f"{x.name}.even", x)
+    graph.insert_before(nodes[0], node)
+    return node.outputs[0]
 
 
 def _rounded(graph: ir.Graph, node: ir.Node, x: ir.Value, step: float) -> ir.Value:
     """Returns `x` after a trip through int8, made before `node`."""
     name = f"{node.outputs[0].name}.input"
-    scale = _initializer(graph, f"{name}.scale", _not_below(np.array(step), _dtype(x)))
-    zero = _initializer(graph, f"{name}.zero_point", ir.tensor(np.int8(0)))
+    scale = initializer(graph, f"{name}.scale", _not_below(np.array(step), _dtype(x)))
+    zero = initializer(graph, f"{name}.zero_point", ir.tensor(np.int8(0)))
     quantize = ir.node("QuantizeLinear", [x, scale, zero], metadata_props=node.metadata_props)
     _describe(quantize, f"{name}.int8", x, ir.DataType.INT8)
     operands = [quantize.outputs[0], scale, zero]
@@ -202,19 +162,18 @@ def _rounded(graph: ir.Graph, node: ir.Node, x: ir.Value, step: float) -> ir.Val
 
 def _stored(graph: ir.Graph, node: ir.Node, weight: ir.TensorProtocol, factors: Array) -> ir.Value:
     """Returns what stands for a weight (K, N) whose rows are multiplied, made before `node`."""
-    peaks = np.abs(_float32(weight) * factors[:, None]).max(axis=0)
-    steps = _not_below(np.where(peaks > 0, peaks, 1) / _LEVELS, weight.dtype)
+    steps = _not_below(column_steps(float32(weight) * factors[:, None]), weight.dtype)
 
     def make() -> ir.TensorProtocol:
-        rounded = np.rint(_float32(weight) * factors[:, None] / _float32(steps))
-        return ir.tensor(rounded.astype(np.int8), name=name)
+        even = float32(weight) * factors[:, None]
+        return ir.tensor(round_columns(even, steps.numpy()), name=name)
 
     name = f"{weight.name}.int8"
-    lazy = ir.LazyTensor(make, ir.DataType.INT8, _shape(weight), name=name)
+    lazy = ir.LazyTensor(make, ir.DataType.INT8, shape(weight), name=name)
     operands = [
-        _initializer(graph, name, lazy),
-        _initializer(graph, f"{name}.scale", steps),
-        _initializer(graph, f"{name}.zero_point", ir.tensor(np.zeros(len(peaks), np.int8))),
+        initializer(graph, name, lazy),
+        initializer(graph, f"{name}.scale", steps),
+        initializer(graph, f"{name}.zero_point", ir.tensor(np.zeros(steps.shape.numpy(), np.int8))),
     ]
     dequantize = ir.node(
         "DequantizeLinear", operands, {"axis": 1}, metadata_props=node.metadata_props
@@ -232,36 +191,9 @@ def _describe(node: ir.Node, name: str, like: ir.Value, dtype: ir.DataType | Non
     output.type = ir.TensorType(dtype or _dtype(like))
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    kind = ir.TensorType(tensor.dtype)
-    while name in graph.initializers:  # of norms whose equal weights are one initializer
-        name += "_"
-    value = ir.Value(name=name, shape=_shape(tensor), type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _constant(value: ir.Value | None) -> ir.TensorProtocol:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value
-
-
 def _dtype(value: ir.Value) -> ir.DataType:
     assert value.dtype is not None
     return value.dtype
-
-
-def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
-    return ir.Shape([axis for axis in tensor.shape if isinstance(axis, int)])
-
-
-def _float32(tensor: ir.TensorProtocol) -> Array:
-    return tensor.numpy().astype(np.float32)
-
-
-def _tensor(values: Array, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.tensor(values.astype(dtype.numpy()))
 
 
 def _not_below(values: Array, dtype: ir.DataType) -> ir.TensorProtocol:
@@ -270,6 +202,6 @@ def _not_below(values: Array, dtype: ir.DataType) -> ir.TensorProtocol:
     Rounded down, a step would not reach the largest magnitude. In fp16 that is not a matter of the
     last bits: steps of weights are of the size of its smallest numbers.
     """
-    nearest = _tensor(values, dtype).numpy()
+    nearest = tensor(values, dtype).numpy()
     above = np.nextafter(nearest, np.array(np.inf, nearest.dtype))
-    return _tensor(np.where(nearest.astype(np.float64) < values, above, nearest), dtype)
+    return tensor(np.where(nearest.astype(np.float64) < values, above, nearest), dtype)

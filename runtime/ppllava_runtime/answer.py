@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.errors import IncompatibleError, UsageError
+from ppllava_runtime.decoders import FinishReason
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.prompt import TextStream
+from ppllava_runtime.stopping import StopStrings
 
 Stage = Literal["decode", "preprocess", "vision", "text", "pool", "prefill", "generate"]
 
@@ -27,7 +29,7 @@ class Milliseconds:
         decode, preprocess, vision: Reading the file to encoding the frames; 0 from the second
             question about a video on.
         text, pool: The question through the text tower, and the pooling that it guides.
-        prefill: From the pooled tokens to the first id.
+        prefill: Making the prompt and what its answer keeps to, and running it to the first id.
         generate: All ids after the first.
     """
 
@@ -109,37 +111,52 @@ class Counts:
 class Answer:
     """Iterating gives pieces of text, each computed when it is asked for.
 
-    It may be left half-way, resumed, or iterated again from the start.
+    It may be left half-way, resumed, or iterated again from the start. One that failed fails again
+    wherever more of it is read, until it is closed.
 
     Attributes:
         question: What was asked; empty when it was asked in ids.
+        guide: The question that guided the pooling: this one or, where a conversation keeps its
+            visual tokens, the first; empty likewise.
         kind: What was looked at; None is nothing.
-        relevance: (T,h,w) float32 in [-1,1], how much each patch has to do with the question.
+        relevance: (T,h,w) float32 in [-1,1], how much each patch has to do with `guide`.
+
+    Args:
+        question, guide, relevance: See above.
+        memory: Of what was looked at.
+        ids: Of the decoder, as they come.
+        stream: Makes text of them; None where there is no tokenizer.
+        counts: What is known of the cost.
+        stopwatch: Goes on counting.
+        stop: Ends the text; used up by this answer.
     """
 
     def __init__(
         self,
         question: str,
+        guide: str,
         relevance: NDArray[np.float32],
         memory: Memory,
-        ids: Generator[int, None, None],
+        ids: Generator[int, None, FinishReason],
         stream: TextStream | None,
-        max_new_tokens: int,
         counts: Counts,
         stopwatch: Stopwatch,
+        stop: StopStrings,
     ) -> None:
         self.question = question
+        self.guide = guide
         self.kind = memory.kind
         self.relevance = relevance
         self._memory = memory
         self._coming = ids
         self._stream = stream
-        self._max_new_tokens = max_new_tokens
+        self._stop = stop
         self._counts = counts
         self._stopwatch = stopwatch
         self._pieces: list[str] = []
         self._ids: list[int] = []
-        self._ended = False
+        self._finish_reason: FinishReason | None = None
+        self._failure: Exception | None = None
 
     def __iter__(self) -> Iterator[str]:
         if self._stream is None:
@@ -157,6 +174,8 @@ class Answer:
     def text(self) -> str:
         """The whole answer; generates what has not been asked for yet.
 
+        It ends before a stop string.
+
         Raises:
             IncompatibleError: A bundle that was exported without tokenizers; so does iterating.
         """
@@ -164,18 +183,34 @@ class Answer:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The ids of the whole answer; generates what has not been asked for yet."""
+        """The ids of the whole answer; generates what has not been asked for yet.
+
+        Those of a stop string are among them, and may be of a few letters after it.
+        """
         while self._advance():
             pass
         return tuple(self._ids)
 
     @property
-    def was_cut(self) -> bool:
-        """Whether it ended for lack of room (`max_new_tokens`, or positions) and not by itself.
+    def ids_so_far(self) -> tuple[int, ...]:
+        """Those of the ids that were generated already."""
+        return tuple(self._ids)
 
-        Generates what has not been asked for yet.
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended: "stop", by itself, before a stop string or by `close`; or "length".
+
+        That is for lack of room (`max_new_tokens`, or positions). Generates what has not been asked
+        for yet.
         """
-        return len(self.ids) >= self._max_new_tokens
+        while self._advance():
+            pass
+        return self._finish_reason or "stop"
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it ended for lack of room and not by itself; see `finish_reason`."""
+        return self.finish_reason == "length"
 
     @property
     def accounting(self) -> Accounting:
@@ -193,7 +228,7 @@ class Answer:
         )
 
     def save_heatmap(self, path: str | Path) -> None:
-        """Writes the relevance over what was seen; see `heatmap.write_heatmap`.
+        """Writes the relevance over what was seen, with `guide`; see `heatmap.write_heatmap`.
 
         Raises:
             UsageError: Nothing was seen, or another suffix.
@@ -205,24 +240,44 @@ class Answer:
         if memory.kind is None:
             raise UsageError(f"heatmap {path}: there is no picture to draw it on")
         maps = memory.maps(self.relevance)
-        write_heatmap(path, memory.thumbnails, memory.captions, maps, self.question)
+        write_heatmap(path, memory.thumbnails, memory.captions, maps, self.guide)
 
     def close(self) -> None:
         """Ends the answer where it is and frees what generating holds."""
         self._coming.close()
+        self._failure = None
 
     def _advance(self) -> bool:
         """Whether one more id was generated, or the last piece of text found."""
-        if self._ended:
+        if self._failure is not None:
+            raise self._failure
+        if self._finish_reason is not None:
             return False
+        try:
+            self._generate()
+        except Exception as error:
+            # What generates is at its end now, and would pass for an answer that is at its own.
+            self._failure = error
+            raise
+        return True
+
+    def _generate(self) -> None:
+        """One more id, or the last piece of text."""
+        token = None
         with self._stopwatch.time("generate" if self._ids else "prefill"):
-            token = next(self._coming, None)
-        if token is None:
-            self._ended = True
-        else:
+            try:
+                token = next(self._coming)
+            except StopIteration as end:
+                self._finish_reason = end.value or "stop"
+        if token is not None:
             self._ids.append(token)
         if self._stream is not None:
-            piece = self._stream.finish() if token is None else self._stream.push(token)
+            text = self._stream.finish() if token is None else self._stream.push(token)
+            piece = self._stop.push(text)
+            if token is None:
+                piece += self._stop.finish()
             if piece:
                 self._pieces.append(piece)
-        return True
+            if self._stop.found:
+                self._coming.close()
+                self._finish_reason = "stop"

@@ -15,10 +15,20 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from ppllava_engines import strict_json
 from ppllava_engines.engine import DEVICES
-from ppllava_engines.errors import StorageError, UnavailableError, UsageError, run_command
+from ppllava_engines.errors import (
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+    UsageError,
+    run_command,
+)
+from ppllava_engines.memory_layout import MEMORY_KINDS
 from ppllava_runtime.answer import Answer
-from ppllava_runtime.assistant import DEFAULT_MAX_NEW_TOKENS, Assistant, Video
+from ppllava_runtime.asking import DEFAULT_MAX_NEW_TOKENS, Options
+from ppllava_runtime.assistant import Assistant
+from ppllava_runtime.conversation import TURNS, Video
 from ppllava_runtime.video import ClipInfo
 from ppllava_runtime.window import Axes
 
@@ -46,26 +56,32 @@ def main(argv: Sequence[str]) -> None:
     files = [] if options.video is None else [options.video, *options.image]
     if options.heatmap:
         _check_heatmap(options.heatmap, files)
+    schema = options.json_schema and _read(options.json_schema)
     # All of the bundle now: it may be replaced while a person types.
-    assistant = Assistant.open(options.bundle, options.threads, options.device).load()
-    ask: Callable[..., Answer] = assistant.ask
-    info = ClipInfo.of_stills(0)
-    if files:
-        video = _watch(assistant, files, options)
-        info = video.info
-        ask = partial(
-            video.ask, num_tokens=options.tokens, kernel=options.kernel, stride=options.stride
-        )
-    if info.damage:
-        print(f"warning: {info.damage}", file=sys.stderr)
-    ask = partial(
-        ask,
+    assistant = Assistant.open(
+        options.bundle, options.threads, options.device, options.memory or "hidden"
+    ).load()
+    # Made before the video is watched, so that what is wrong with them is said at once.
+    asked = Options(
+        num_tokens=options.tokens,
+        kernel=options.kernel,
+        stride=options.stride,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        stop=options.stop,
+        json_schema=schema,
+        regex=options.regex,
     )
+    assistant.constraint(asked.json_schema, asked.regex)
+    seen = _watch(assistant, files, options) if files else assistant
+    info = seen.info if isinstance(seen, Video) else ClipInfo.of_stills(0)
+    if info.damage:
+        print(f"warning: {info.damage}", file=sys.stderr)
+    asker = seen.converse(options.turns) if options.turns else seen
+    ask = partial(asker.answer, options=asked)
     show = partial(_show_json if options.json else _show_text, info=info, heatmap=options.heatmap)
     if options.question is not None:
         show(ask(options.question))
@@ -81,7 +97,7 @@ def _check_together(options: argparse.Namespace) -> None:
     if options.video is None or options.image:
         idle += ["frames", "start", "end"]
     if options.video is None:
-        idle += ["tokens", "kernel", "stride", "heatmap"]
+        idle += ["tokens", "kernel", "stride", "heatmap", "memory"]
     given = [f"--{name}" for name in idle if getattr(options, name) is not None]
     if given:
         raise UsageError(
@@ -176,6 +192,7 @@ def _show_json(answer: Answer, info: ClipInfo, heatmap: Path | None) -> None:
         "question": answer.question,
         "answer": text,
         "was_cut": answer.was_cut,
+        "finish_reason": answer.finish_reason,
         "media": answer.kind,
         "timestamps": [round(float(second), 6) for second in info.timestamps],
         "damage": info.damage,
@@ -218,6 +235,15 @@ def _check_heatmap(path: Path, files: Sequence[Path]) -> None:
                 raise UsageError(
                     f"heatmap {path}: this is what is looked at itself, give another name"
                 )
+
+
+def _read(path: Path) -> str:
+    try:
+        return strict_json.read_text(path)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"schema {path}: no such file") from error
+    except OSError as error:
+        raise StorageError(f"schema {path}: it cannot be read: {error}") from error
 
 
 def _path_or_none(text: str) -> Path | None:
@@ -263,8 +289,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest share")
     add("--top-k", type=int, default=0, metavar="K", help="sample among so many tokens")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    add("--device", choices=DEVICES, default="cpu",
-        help="tensorrt is a GPU, and needs ppllava-build (default: %(default)s)")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this; may be given again")  # fmt: skip
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json-schema", type=Path, metavar="PATH",
+        help="answer in JSON of the schema in a file")  # fmt: skip
+    shape.add_argument("--regex", metavar="TEXT", help="answer in the words of an expression")
+    add("--turns", choices=TURNS, help="ask each question behind those before it: each guides the "
+        "pooling, or the first one's visual tokens stay (default: each on its own)")  # fmt: skip
+    add("--memory", choices=MEMORY_KINDS, help="what to keep of a video; ppllava-plan says what "
+        "each costs (default: hidden)")  # fmt: skip
+    add("--device", choices=DEVICES, default="cpu", help="openvino is a CPU too, tensorrt a GPU "
+        "that needs ppllava-build (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: one per core")
     add("--json", action="store_true", help="one JSON object per answer")
     return parser

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ppllava_engines.bundle import Bundle
 from ppllava_engines.engine import DEVICES
 from ppllava_engines.errors import DataError, InternalError, UsageError, run_command
-from ppllava_engines.parity import Stage, replay
+from ppllava_engines.parity import STAGES, Stage, replay
 from ppllava_engines.samples import Samples
 from ppllava_runtime import trial
 from ppllava_runtime.arrays import load_array
@@ -161,6 +161,10 @@ def check_bundle(
     size = sum(spec.size for spec in manifest.files.values())
     findings = [Finding("files", "ok", f"{len(manifest.files)} whole, {size / 1e6:.1f} MB")]
     findings += _table_findings(bundle)
+    if device == "openvino":
+        from ppllava_engines.openvino import compute_dtype
+
+        findings.append(Finding(device, "ok", f"computes the towers in {compute_dtype()}"))
     stages: list[Stage] = []
     answers: dict[str, str] = {}
     try:
@@ -241,7 +245,7 @@ def _watch(
         noise = max(
             stage.tolerance
             for stage in stages
-            if stage.tolerance is not None and stage.name != "pooled"
+            if stage.tolerance is not None and stage.name in STAGES and stage.name != "pooled"
         )
         yield _blank_finding(seen["clip"], seen["blank"], told_apart, noise)
         yield _order_finding(seen["clip"], seen["reversed"], frames, noise)
@@ -259,7 +263,7 @@ def _question(assistant: Assistant, samples: Samples) -> str | Prompt | Finding:
         before, after = ([id_ for id_ in ids if id_ != place] for ids in around)
         return Prompt(samples.text_ids, (*before, place, *after))
     try:
-        assistant.prompts.build(_QUESTION).check(manifest, num_places=1)
+        assistant.prompts.build(_QUESTION).check(manifest, num_places=1, guides=True)
     except DataError as error:
         return Finding("template", "bad", str(error))
     except UsageError as error:  # ids that the decoder has not
@@ -326,7 +330,8 @@ def _where(first: Seen, second: Seen, noise: float) -> str:
     pairs = (
         ("the runtime drops the video before the vision graph", first.memory.thumbnails,
          second.memory.thumbnails),
-        ("the vision graph gives the same for both", first.memory.hidden, second.memory.hidden),
+        ("the vision graph gives the same for both", first.memory.arrays["hidden"],
+         second.memory.arrays["hidden"]),
         ("pooling gives the same for both", first.prompt_embeds, second.prompt_embeds),
     )  # fmt: skip
     for meaning, a, b in pairs:
@@ -345,8 +350,8 @@ def _parser() -> argparse.ArgumentParser:
     add("bundle", type=Path, metavar="BUNDLE", help="folder made by ppllava-export")
     add("--video", type=Path, metavar="PATH", help="clip to look at (default: one that is made)")
     add("--json", action="store_true", help="one JSON object instead of the table")
-    add("--device", choices=DEVICES, default="cpu",
-        help="tensorrt is a GPU, and needs ppllava-build (default: %(default)s)")  # fmt: skip
+    add("--device", choices=DEVICES, default="cpu", help="openvino is a CPU too, tensorrt a GPU "
+        "that needs ppllava-build (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: one per core")
     return parser
 

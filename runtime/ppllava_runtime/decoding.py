@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,17 +20,58 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
+    from ppllava_runtime.indexing import Index
+
 LAST_RESORT_FPS = 25.0
 
-# Those that write down how long they are. Of others FFmpeg finds it out from what is there, or
-# guesses it from the bit rate.
-_TIMED_FORMATS = ("matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "flv")
-_ENOUGH = 0.9  # of the duration; less of it is damage
+# Of others FFmpeg cannot leave such pictures out, or leaves out more.
+_TELLING_CODECS = ("h264",)
+
+
+class BrokenPromise(Exception):
+    """A file does not hold what its packets announced."""
+
+
+class Left(Exception):
+    """Nobody waits for what is being read any more."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that is open.
+
+    Attributes:
+        path: The file.
+        container: It, as FFmpeg reads it.
+        stream: Its first stream of moving pictures.
+        left: Set by another thread that wants no more of it.
+    """
+
+    path: Path
+    container: InputContainer
+    stream: VideoStream
+    left: Event
+
+    def packets(self) -> Iterator[Packet[VideoStream]]:
+        """Yields the stream's packets from where it stands.
+
+        Raises:
+            Left: Nobody wants them.
+        """
+        for packet in self.container.demux(self.stream):
+            if self.left.is_set():
+                raise Left
+            yield packet
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: Path, left: Event, alone: bool = True) -> Iterator[Source]:
     """The file `path` and its first stream of moving pictures, until the block ends.
+
+    Args:
+        path: The file.
+        left: See `Source`.
+        alone: Whether all cores may decode; else one does.
 
     Raises:
         DataError: Not a video, or no video stream in it.
@@ -61,149 +101,81 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         if stream.codec_context is None:
             raise UnavailableError(f"video {path}: FFmpeg here has no decoder for its codec")
         stream.thread_type = "AUTO"
-        yield container, stream
+        if not alone:
+            stream.codec_context.thread_count = 1
+        yield Source(path, container, stream, left)
 
 
-class BrokenPromise(Exception):
-    """A file does not hold what its packets announced."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """What the packets of a stream say, without decoding.
-
-    Attributes:
-        times: When each picture is shown, in the stream's time base, sorted.
-        keys: Time of presentation and of decoding of every keyframe, sorted.
-        num_discarded: Packets that only help to decode others and are never shown.
-        trusted: Whether pictures can be found by their times.
-    """
-
-    times: list[int]
-    keys: list[tuple[int, int]]
-    num_discarded: int
-    trusted: bool
-
-
-def read_index(container: InputContainer, stream: VideoStream) -> Index:
-    """What all packets of the stream say; reads the file to its end."""
-    import av
-
-    times: list[int] = []
-    keys: list[tuple[int, int]] = []
-    num_discarded = 0
-    sound = True
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0:  # the end, or a picture that was dropped when recording
-                continue
-            sound &= packet.pts is not None and not packet.is_corrupt
-            pts = packet.pts or 0
-            if packet.is_keyframe:
-                keys.append((pts, packet.dts if packet.dts is not None else pts))
-            sound &= bool(keys)
-            if packet.is_discard:
-                num_discarded += 1
-            else:
-                times.append(pts)
-    except av.FFmpegError:
-        sound = False
-    times.sort()
-    sound = (
-        sound
-        and len(set(times)) == len(times) > 0
-        # Pictures shown before the first keyframe need something that is not in the file.
-        and keys == sorted(keys)
-        and keys[0][0] <= times[0]
-    )
-    return Index(times, keys, num_discarded, sound)
-
-
-def expected_frames(container: InputContainer, stream: VideoStream, times: Sequence[int]) -> int:
-    """About how many frames there must have been, by the duration that the container states.
-
-    0 says that nothing is missing, or that it cannot be known: in a transport or program stream, a
-    raw stream, a live recording, a fragmented MP4 without an index of its fragments, and in a file
-    with sound which does not say how long the pictures alone are.
-
-    Args:
-        container: The file.
-        stream: Its stream.
-        times: Of the pictures that are there, in the stream's time base, sorted.
-    """
-    stated = _stated_seconds(container, stream)
-    if stated is None or len(times) < 2:
-        return 0
-    # The last picture may stay as long as any other did. Counted from 0, as durations are.
-    longest = max(after - before for before, after in pairwise(times))
-    covered = (times[-1] + longest) * float(stream.time_base or 0)
-    return round(len(times) * stated / covered) if 0 < covered < _ENOUGH * stated else 0
-
-
-def _stated_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    if container.format.name not in _TIMED_FORMATS:
-        return None
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if not container.duration:
-        return None
-    whole = container.duration / 1_000_000  # microseconds
-    try:
-        hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
-    except (KeyError, ValueError):
-        return whole if len(container.streams) == 1 else None
-    return min(whole, hours * 3600 + minutes * 60 + seconds)
+def can_be_sparing(stream: VideoStream) -> bool:
+    """Whether its codec tells of a picture that no other is made from it."""
+    return stream.codec_context.name in _TELLING_CODECS
 
 
 def from_keyframes(
-    container: InputContainer, stream: VideoStream, index: Index, wanted: Sequence[int]
+    source: Source, index: Index, wanted: Sequence[int], sparing: bool
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Frames with their places: from the keyframe before each run of wanted places to its last.
 
     Args:
-        container: The file.
-        stream: Its stream.
+        source: The file.
         index: What its packets say; a trusted one.
-        wanted: Places, counted from 0.
+        wanted: Places, counted from 0, sorted.
+        sparing: Whether to leave out what is not wanted and no other picture is made from.
 
     Raises:
         BrokenPromise: Another frame came out than the index says, or none.
     """
     import av
 
-    starts = [pts for pts, _ in index.keys]
-    last_of: dict[int, int] = {}
-    for place in sorted(wanted):
-        last_of[bisect_right(starts, index.times[place]) - 1] = place
+    runs: dict[int, list[int]] = {}
+    for place in wanted:
+        runs.setdefault(index.keyframe_before(place), []).append(place)
     try:
-        for key, last in last_of.items():
-            frames = _frames_from(container, stream, index.keys[key])
-            for place in range(bisect_left(index.times, starts[key]), last + 1):
+        for key, places in runs.items():
+            shown, decoded = (int(time) for time in index.keys[key])
+            times = {int(index.times[place]): place for place in places}
+            frames = _frames_from(source, (shown, decoded), set(times) if sparing else None)
+            place = int(np.searchsorted(index.times, shown))
+            while times:
                 frame = next(frames, None)
-                if frame is None or frame.is_corrupt or frame.pts != index.times[place]:
+                if frame is None or frame.is_corrupt or frame.pts is None:
+                    raise BrokenPromise
+                if sparing:
+                    place = max(place, int(np.searchsorted(index.times, frame.pts)))
+                if place >= len(index.times) or frame.pts != index.times[place]:
+                    raise BrokenPromise
+                times.pop(frame.pts, None)
+                if any(time < frame.pts for time in times):
                     raise BrokenPromise
                 yield place, frame
+                place += 1
     except av.FFmpegError as error:
         raise BrokenPromise from error
 
 
 def _frames_from(
-    container: InputContainer, stream: VideoStream, key: tuple[int, int]
+    source: Source, key: tuple[int, int], wanted: set[int] | None
 ) -> Iterator[VideoFrame]:
-    for packet in _packets_from(container, stream, key):
-        for frame in stream.decode(packet):
-            # What is shown before the keyframe was made from frames before it, which are not here.
-            if frame.pts is None or frame.pts >= key[0]:
-                yield frame
+    """Yields what is decoded from a keyframe on; only what it takes for those wanted, if given."""
+    decoder = source.stream.codec_context
+    try:
+        for packet in _packets_from(source, key):
+            if wanted is not None:
+                decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for frame in source.stream.decode(packet):
+                # What is shown before the keyframe was made from frames before it, which are not
+                # here.
+                if frame.pts is None or frame.pts >= key[0]:
+                    yield frame
+    finally:
+        decoder.skip_frame = "DEFAULT"
 
 
-def _packets_from(
-    container: InputContainer, stream: VideoStream, key: tuple[int, int]
-) -> Iterator[Packet[VideoStream]]:
+def _packets_from(source: Source, key: tuple[int, int]) -> Iterator[Packet[VideoStream]]:
     pts, dts = key
-    container.seek(dts, stream=stream)
+    source.container.seek(dts, stream=source.stream)
     reached = False
-    for packet in container.demux(stream):
+    for packet in source.packets():
         # Some containers can only seek roughly: what comes before the keyframe is not decoded.
         reached = reached or (packet.is_keyframe and packet.pts == pts)
         if reached:
@@ -219,19 +191,18 @@ class Decoded:
         num_errors: How often something could not be decoded so far.
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+    def __init__(self, source: Source) -> None:
         # With whole frames on several threads, what damage does to the next ones is left to chance.
-        stream.thread_type = "SLICE"
+        source.stream.thread_type = "SLICE"
         self.num_errors = 0
-        self._container = container
-        self._stream = stream
+        self._source = source
 
     def __iter__(self) -> Iterator[VideoFrame]:
         import av
 
         for packet in self._packets():
             try:
-                yield from self._stream.decode(packet)
+                yield from self._source.stream.decode(packet)
             except av.EOFError:  # the decoder had been drained already
                 return
             except av.FFmpegError:
@@ -241,7 +212,7 @@ class Decoded:
         import av
 
         try:
-            yield from self._container.demux(self._stream)
+            yield from self._source.packets()
         except av.FFmpegError:
             self.num_errors += 1
         yield None  # drains the decoder when the file broke off
@@ -255,9 +226,13 @@ def upright(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
         width: To be scaled to before it is turned, since a stream may change its size on the way.
         height: The same.
     """
+    from av.sidedata.sidedata import SideDataContainer
+
     picture = frame.to_ndarray(format="rgb24", width=width, height=height).view(np.uint8)
     try:
-        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        # Not the frame's own, which would hold the frame that holds it, until they are collected.
+        side_data: Any = SideDataContainer  # whose stub takes nothing
+        matrix = side_data(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV knows fewer kinds of side data than FFmpeg, EXIF is not among them
         return np.rot90(picture, frame.rotation // 90)
     if matrix is None:
@@ -271,16 +246,16 @@ def upright(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
     return picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
 
 
-def frame_rate(stream: VideoStream, seconds: Sequence[float | None]) -> float:
+def frame_rate(stream: VideoStream, num_frames: int, seconds: float | None) -> float:
     """Frames per second: the container's, unless the frames' own times contradict it grossly.
 
     Args:
         stream: The stream.
-        seconds: When each frame is shown, None where that is not known.
+        num_frames: How many frames it has.
+        seconds: From the first to the last, None where that is not known.
     """
     claimed = float(stream.average_rate or stream.guessed_rate or 0)
-    first, last = seconds[0], seconds[-1]
-    if first is None or last is None or last <= first:
+    if seconds is None or seconds <= 0:
         return claimed or LAST_RESORT_FPS
-    measured = (len(seconds) - 1) / (last - first)
+    measured = (num_frames - 1) / seconds
     return claimed if measured / 2 <= claimed <= measured * 2 else measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import ModelSpec
-from ppllava_engines.engine import Array, Engine
+from ppllava_engines.engine import Array
 from ppllava_runtime.anyres import Tiling
+from ppllava_runtime.recorder import Record
 from ppllava_runtime.window import (
     Axes,
     Window,
@@ -22,10 +23,7 @@ from ppllava_runtime.window import (
 
 Kind = Literal["video", "image", "images"]
 
-# Enough frames at a time to keep the cores busy, few enough to keep the activations small.
-_FRAMES_PER_RUN = 4
 _THUMBNAIL_SIDE = 480
-_NUM_COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,7 @@ class Memory:
 
     Attributes:
         kind: Which of these; None is nothing at all.
-        keys: (T,L,P), what a question is compared with; float32 or float16 as the bundle, and on
-            the device of its engines. T counts frames of a video, views of a picture or pictures.
-        hidden: (T,L,D), what is pooled; the same dtype.
+        record: What questions are compared with, and what is pooled; None of nothing.
         grid: Patches (h,w) of a frame; L = h·w.
         timestamps: (T,) float64, seconds since the first frame of the file; 0 of pictures.
         thumbnails: The frames or pictures (H,W,3) uint8 RGB at no more than 480 pixels a side, for
@@ -45,8 +41,7 @@ class Memory:
     """
 
     kind: Kind | None
-    keys: Array
-    hidden: Array
+    record: Record | None
     grid: tuple[int, int]
     timestamps: NDArray[np.float64]
     thumbnails: tuple[NDArray[np.uint8], ...]
@@ -55,15 +50,24 @@ class Memory:
     @staticmethod
     def of_nothing(model: ModelSpec) -> Memory:
         """The memory of having seen nothing: of no frames."""
-        patches = model.grid[0] * model.grid[1]
-        keys = np.empty((0, patches, model.key_width), np.float32)
-        hidden = np.empty((0, patches, model.decoder_width), np.float32)
-        return Memory(None, keys, hidden, model.grid, np.empty(0), ())
+        return Memory(None, None, model.grid, np.empty(0), ())
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """What is kept by name, see `MemoryLayout`; the first axis is T."""
+        return {} if self.record is None else self.record.arrays
+
+    @property
+    def nbytes(self) -> int:
+        """The size of what is kept, thumbnails included, in bytes."""
+        seen = 0 if self.record is None else self.record.nbytes
+        # Frames that repeat show one and the same.
+        return seen + sum({id(small): small.nbytes for small in self.thumbnails}.values())
 
     @property
     def size(self) -> Axes:
-        """The number of tokens per axis: (T,h,w)."""
-        return (len(self.keys), *self.grid)
+        """The number of tokens per axis: (T,h,w); T counts frames, views or pictures."""
+        return (0 if self.record is None else len(self.record), *self.grid)
 
     @property
     def captions(self) -> list[str]:
@@ -100,7 +104,7 @@ class Memory:
     def num_places(self, window: Window) -> int:
         """How many places of a prompt take what was pooled: one per picture that stays apart."""
         if self.kind == "images":
-            return len(self.keys) if window.kernel[0] == window.stride[0] == 1 else 1
+            return self.size[0] if window.kernel[0] == window.stride[0] == 1 else 1
         return 0 if self.kind is None else 1
 
     def splices(
@@ -115,7 +119,7 @@ class Memory:
         """
         if self.tiling is not None and newline is not None:
             _, h, w = window.output(self.size)
-            return [self.tiling.assembled(pooled.reshape(len(self.keys), h, w, -1), newline)]
+            return [self.tiling.assembled(pooled.reshape(self.size[0], h, w, -1), newline)]
         return np.split(pooled, self.num_places(window))
 
     def maps(self, relevance: NDArray[np.float32]) -> list[NDArray[np.float32]]:
@@ -128,40 +132,6 @@ class Memory:
             fine = self.tiling.arranged(relevance[1:])
             return [fine if fine.size else relevance[0]]
         return list(relevance)
-
-
-def encode(
-    vision: Engine,
-    pixel_values: NDArray[np.float32],
-    frames_per_run: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Array, Array]:
-    """Keys (T,L,P) and hidden (T,L,D) of all frames, on the engine's device.
-
-    Args:
-        vision: The engine of the vision graph.
-        pixel_values: (T,3,S,S).
-        frames_per_run: How many see each other, where frames do; None where they do not.
-        progress: Called with the number of frames done and T, before the first and after each run.
-    """
-    num_frames = len(pixel_values)
-    values = pixel_values.astype(vision.inputs[0].dtype, copy=False)
-    # Filled in place: hidden may be hundreds of megabytes.
-    whole = {spec.name: vision.empty(spec.name, num_frames) for spec in vision.outputs}
-    step = frames_per_run or _FRAMES_PER_RUN
-    if frames_per_run == num_frames == _NUM_COLOURS:
-        # Such a graph computes what the reference does, which takes the time of exactly three
-        # frames for their colours. Swapped beforehand, they are seen as they are.
-        values = np.ascontiguousarray(values.swapaxes(0, 1))
-    for first in range(0, num_frames, step):
-        if progress:
-            progress(first, num_frames)
-        part = slice(first, first + step)
-        keep = {name: array[part] for name, array in whole.items()}
-        vision.run({"pixel_values": values[part]}, keep)
-    if progress:
-        progress(num_frames, num_frames)
-    return whole["keys"], whole["hidden"]
 
 
 def thumbnails(pictures: Iterable[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], ...]:

@@ -25,16 +25,27 @@ def pixel_values(
         mean: Per RGB channel, of values in [0,1].
         std: The same.
     """
+    return normalised([squared(frame, size) for frame in frames], mean, std)
+
+
+def squared(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(size,size,3) uint8: a frame (H,W,3) resized as `pixel_values` says."""
     from PIL import Image
 
+    resized = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def normalised(
+    squares: Sequence[NDArray[np.uint8]], mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """(T,3,S,S) float32: T ≥ 1 frames (S,S,3) uint8 with the values that `pixel_values` says."""
     # Only 256 values go in, so normalise those and look the rest up. Scaling in float64 and
     # rounding once to float32 is what the processor does, and decides the last bit.
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     table = (scaled[:, None] - np.array(mean, np.float32)) / np.array(std, np.float32)
-    values = np.empty((len(frames), 3, size, size), np.float32)
-    for frame, out in zip(frames, values, strict=True):
-        resized = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(resized)
+    values = np.empty((len(squares), 3, *squares[0].shape[:2]), np.float32)
+    for pixels, out in zip(squares, values, strict=True):
         for channel in range(3):
             out[channel] = table[pixels[..., channel], channel]
     return values

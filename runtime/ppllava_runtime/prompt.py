@@ -34,13 +34,18 @@ class Prompt:
     text_ids: NDArray[np.int64]
     ids: tuple[int, ...]
 
-    def check(self, manifest: Manifest, num_places: int) -> None:
+    def check(self, manifest: Manifest, num_places: int, *, guides: bool) -> None:
         """Nothing, when the ids fit the model and leave so many places for visual tokens.
+
+        Args:
+            manifest: What the model takes.
+            num_places: None in a question that is not the first.
+            guides: Whether the text tower reads it.
 
         Raises:
             UsageError: They do not.
         """
-        self._check_text_ids(manifest.model, num_places)
+        self._check_text_ids(manifest.model, guides)
         place, vocab_size = manifest.model.image_token_index, manifest.decoder.vocab_size
         if not isinstance(self.ids, Sequence) or not self.ids:
             got = "no" if isinstance(self.ids, Sequence) else f"{type(self.ids).__name__} for"
@@ -58,7 +63,7 @@ class Prompt:
                 f"expected {num_places}"
             )
 
-    def _check_text_ids(self, model: ModelSpec, num_places: int) -> None:
+    def _check_text_ids(self, model: ModelSpec, guides: bool) -> None:
         ids: object = self.text_ids
         most, padded = model.text_positions, model.text_pad_token_id is not None
         expected = f"int64 (1,{'' if padded else 'n up to '}{most})"
@@ -75,7 +80,7 @@ class Prompt:
         if ids.size and ids.min() < 0:
             raise UsageError(f"the prompt has {ids.min()} among its text_ids, expected 0 or more")
         end = model.text_eos_token_id
-        if num_places and end not in ids:
+        if guides and end not in ids:
             raise UsageError(f"the prompt's text_ids do not end: expected {end} among them")
 
     def parts(self, image_token_index: int) -> list[tuple[int, ...]]:
@@ -149,31 +154,37 @@ class PromptBuilder:
                 template or becomes one.
             DataError: A template that does not give so many places.
         """
-        question = question.strip()
-        if not question:
-            raise UsageError("the question is empty")
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:  # what Python makes of bytes that a shell passed on
-            raise UsageError("the question is not text: expected UTF-8") from error
-        # Read as text these would be harmless, but tokenizers read them as commands: one more
-        # place for an image, or the end of the turn.
-        for token in self._reserved:
-            if token in question:
-                raise UsageError(f"the question contains the reserved {token!r}: leave it out")
+        question = _checked(question, self._reserved)
         model = self._model
-        turn = model.chat_template.replace(_PLACE, _PLACE * num_places)
-        ids, bare = (
-            self._decoder.encode(turn.replace("{question}", words)).ids for words in (question, "")
-        )
-        _refuse(ids, bare, self._decoder_reserved)
+        ids = self._turn(model.chat_template.replace(_PLACE, _PLACE * num_places), question)
         if ids.count(model.image_token_index) != num_places:
             raise DataError(
                 f"model {model.name}: its chat template gives {ids.count(model.image_token_index)} "
                 f"image tokens (id {model.image_token_index}), expected {num_places}: export it "
                 "again"
             )
-        return Prompt(self._text_ids(question), tuple(ids))
+        return Prompt(self._text_ids(question), ids)
+
+    def build_next(self, question: str) -> Prompt:
+        """The ids of one more question: what follows the ids of the answer before it.
+
+        Raises:
+            UsageError: See `build`.
+        """
+        question = _checked(question, self._reserved)
+        ids = self._turn(self._model.next_turn_template, question, begins=False)
+        return Prompt(self._text_ids(question), ids)
+
+    def _turn(self, template: str, question: str, *, begins: bool = True) -> tuple[int, ...]:
+        """A template's ids with the question in it; the tokenizer's own if the text `begins`."""
+        ids, bare = (
+            self._decoder.encode(
+                template.replace("{question}", words), add_special_tokens=begins
+            ).ids
+            for words in (question, "")
+        )
+        _refuse(ids, bare, self._decoder_reserved)
+        return tuple(ids)
 
     def _text_ids(self, question: str) -> NDArray[np.int64]:
         model = self._model
@@ -184,6 +195,11 @@ class PromptBuilder:
         if model.text_pad_token_id is not None:
             ids += [model.text_pad_token_id] * (model.text_positions - len(ids))
         return np.array([ids], np.int64)
+
+    @property
+    def decoder_json(self) -> str:
+        """The decoder's tokenizer, as the JSON of its file."""
+        return self._decoder.to_str()
 
     def stream(self) -> TextStream:
         """A new stream for one answer."""
@@ -237,6 +253,23 @@ class TextStream:
         self._space = text[len(piece) :]
         self._begun |= bool(piece)
         return piece
+
+
+def _checked(question: str, reserved: Iterable[str]) -> str:
+    """The question without white space around it, when it is text and harmless as text."""
+    question = question.strip()
+    if not question:
+        raise UsageError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # what Python makes of bytes that a shell passed on
+        raise UsageError("the question is not text: expected UTF-8") from error
+    # Read as text these would be harmless, but tokenizers read them as commands: one more place
+    # for an image, or the end of the turn.
+    for token in reserved:
+        if token in question:
+            raise UsageError(f"the question contains the reserved {token!r}: leave it out")
+    return question
 
 
 def _reserved_by_decoder(

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.errors import UnavailableError
-from ppllava_runtime.assistant import Assistant, Video
-from ppllava_runtime.decoders import Decoder, Sampling
+from ppllava_runtime.assistant import Assistant
+from ppllava_runtime.conversation import Video
+from ppllava_runtime.decoders import Constraint, Decoder, FinishReason, Sampling
 from ppllava_runtime.memory import Memory, thumbnails
 from ppllava_runtime.prompt import Prompt
 from ppllava_runtime.window import Window
@@ -56,7 +57,7 @@ class Seen:
     @property
     def is_finite(self) -> bool:
         """Whether nothing on the way to the answer was NaN or infinite."""
-        found = (self.memory.keys, self.memory.hidden, self.prompt_embeds, self.logits)
+        found = (*self.memory.arrays.values(), self.prompt_embeds, self.logits)
         return all(bool(np.isfinite(array).all()) for array in found)
 
     @property
@@ -252,8 +253,12 @@ class _Witness:
         return self._decoder.embed(ids)
 
     def generate(
-        self, prompt_embeds: NDArray[Any], max_new_tokens: int, sampling: Sampling
-    ) -> Generator[int, None, None]:
+        self,
+        parts: Sequence[NDArray[Any]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        constraint: Constraint | None = None,
+    ) -> Generator[int, None, FinishReason]:
         noting = _Noting(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
-        self.prompt_embeds, self.logits = prompt_embeds, noting.logits
-        return self._decoder.generate(prompt_embeds, max_new_tokens, noting)
+        self.prompt_embeds, self.logits = np.concatenate(parts), noting.logits
+        return self._decoder.generate(parts, max_new_tokens, noting, constraint)

@@ -1,19 +1,22 @@
 """A video file → the frames that the model looks at, upright and with their times.
 
-A file is read twice. The first reading looks at packets and decodes nothing; it gives the time of
-every picture, from which the frames are chosen. The second seeks to the keyframe before each chosen
-frame and decodes from there. Whatever comes out must be what the packets announced: a file that
-breaks its word (damaged, cut off, without times) is decoded from end to end instead, which is
-slower and does not depend on anything the container says.
+A file is read twice. The first reading decodes nothing; from an MP4's tables, or else from every
+packet, it takes the time of every picture, by which the frames are chosen. The second seeks to the
+keyframe before each chosen frame and decodes from there, leaving out pictures that no other is made
+from. Whatever comes out must be what was announced: a file that breaks its word (damaged, cut off,
+without times) is decoded from end to end instead, which is slower and does not depend on anything
+the container says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,13 +32,13 @@ from ppllava_runtime.decoding import (
     LAST_RESORT_FPS,
     BrokenPromise,
     Decoded,
-    expected_frames,
+    can_be_sparing,
     frame_rate,
     from_keyframes,
     opened,
-    read_index,
     upright,
 )
+from ppllava_runtime.indexing import expected_frames, read_index
 from ppllava_runtime.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -104,54 +107,149 @@ def read_clip(
         UnavailableError: PyAV is missing, or it has no decoder for this codec.
         UsageError: Less than one frame, or a span that is empty or outside the file.
     """
+    if (found := read_still(path)) is not None:
+        picture, note = found
+        return Clip(picture[None], ClipInfo.of_stills(1, note))
+    chosen = ChosenFrames(Path(path), num_frames, start, end)
+    pictures: NDArray[np.uint8] | None = None
+    for rows, picture in chosen:
+        if pictures is None or pictures.shape[1:] != picture.shape:
+            pictures = np.empty((num_frames, *picture.shape), np.uint8)
+        pictures[list(rows)] = picture
+    assert pictures is not None
+    return Clip(pictures, chosen.info)
+
+
+def read_still(path: str | Path) -> tuple[NDArray[np.uint8], str | None] | None:
+    """The picture (H,W,3) in a file and what there is to note; None of a video.
+
+    Raises:
+        DataError: Not a file, or a damaged picture.
+        NotFoundError: There is no such file.
+        StorageError: The file cannot be read.
+    """
     path = Path(path)
     if not path.exists():
         raise NotFoundError(f"video {path}: no such file")
     if not path.is_file():
         raise DataError(f"video {path}: not a file")
-    if (found := read_picture(path)) is not None:
-        picture, note = found
-        return Clip(picture[None], ClipInfo.of_stills(1, note))
-
-    with opened(path) as (container, stream):
-        index = read_index(container, stream)
-        promised = stream.frames - index.num_discarded
-        estimate = 0 if stream.frames else expected_frames(container, stream, index.times)
-        if index.trusted:
-            with suppress(BrokenPromise):
-                choice = _Choice.of(path, stream, index.times, num_frames, start, end)
-                frames = from_keyframes(container, stream, index, choice.places)
-                return choice.clip(frames, _damage(path, len(index.times), promised, estimate))
-
-    with opened(path) as (container, stream):
-        everything = Decoded(container, stream)
-        times = [frame.pts for frame in everything]
-    if not times:
-        raise DataError(f"video {path}: it holds no frame that can be decoded")
-    if everything.num_errors:  # of a sound file, not every packet need be a picture
-        promised = max(promised, len(index.times))
-    with opened(path) as (container, stream):
-        choice = _Choice.of(path, stream, times, num_frames, start, end)
-        frames = enumerate(Decoded(container, stream))
-        damage = _damage(path, len(times), promised, estimate)
-        return choice.clip(frames, damage, already=len(times))
+    return read_picture(path)
 
 
-def read_pictures(paths: Sequence[Path]) -> tuple[list[NDArray[np.uint8]], ClipInfo]:
-    """The pictures (H,W,3) uint8 RGB, upright, in files that are not videos.
+class ChosenFrames:
+    """The frames of `read_clip` one at a time, so that no more than one of them is kept.
+
+    Iterating yields the places in the clip that show a frame, and the frame (H,W,3) uint8, upright.
+    A file that breaks its word begins again: of a place that comes twice the later frame counts.
+
+    Args:
+        path: A video file that is there.
+        num_frames, start, end: See `read_clip`.
+        alone: Whether all cores may decode; else one does.
+        left: Set by another thread to make the iteration end early.
+
+    Attributes:
+        info: What is known of the file, once the iteration has ended.
 
     Raises:
-        DataError: A file that is none, or is damaged.
+        DataError, StorageError, UnavailableError, UsageError: See `read_clip`; by iterating.
+    """
+
+    info: ClipInfo
+
+    def __init__(
+        self,
+        path: Path,
+        num_frames: int,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        alone: bool = True,
+        left: Event | None = None,
+    ) -> None:
+        self._path = path
+        self._choose = (num_frames, start, end)
+        self._open = partial(opened, path, left or Event(), alone)
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], NDArray[np.uint8]]]:
+        path = self._path
+        with self._open() as source:
+            index = read_index(source)
+            stream = source.stream
+            promised = stream.frames - index.num_discarded
+            estimate = 0 if stream.frames else expected_frames(source, index.times)
+            if index.trusted:
+                choice = _Choice.of(path, stream, index.times, *self._choose)
+                damage = _damage(path, len(index.times), promised, estimate)
+                # Left-out pictures may confuse a decoder about the order of those around them.
+                for sparing in (True, False) if can_be_sparing(stream) else (False,):
+                    with suppress(BrokenPromise):
+                        frames = from_keyframes(source, index, choice.places, sparing)
+                        yield from self._taken(choice, frames, damage)
+                        return
+
+        with self._open() as source:
+            everything = Decoded(source)
+            times = [frame.pts for frame in everything]
+        if not times:
+            raise DataError(f"video {path}: it holds no frame that can be decoded")
+        if everything.num_errors:  # of a sound file, not every packet need be a picture
+            promised = max(promised, len(index.times))
+        with self._open() as source:
+            choice = _Choice.of(path, source.stream, times, *self._choose)
+            frames = enumerate(Decoded(source))
+            damage = _damage(path, len(times), promised, estimate)
+            yield from self._taken(choice, frames, damage, already=len(times))
+
+    def _taken(
+        self,
+        choice: _Choice,
+        frames: Iterable[tuple[int, VideoFrame]],
+        damage: str | None,
+        already: int = 0,
+    ) -> Iterator[tuple[tuple[int, ...], NDArray[np.uint8]]]:
+        """Yields the chosen ones of frames with their places, and takes no more than needed.
+
+        `already` frames were decoded before.
+
+        Raises:
+            InternalError: Some chosen frame is not among them.
+        """
+        rows_of: dict[int, list[int]] = {}
+        for row, place in enumerate(choice.indices):
+            rows_of.setdefault(place, []).append(row)
+        size: tuple[int, int] | None = None
+        num_decoded = already
+        for place, frame in frames:
+            num_decoded += 1
+            if rows := rows_of.pop(place, None):
+                size = size or (frame.width, frame.height)
+                yield tuple(rows), upright(frame, *size)
+            if not rows_of:
+                break
+        if rows_of:
+            raise InternalError(f"frames {sorted(rows_of)} were announced, but did not come")
+        self.info = ClipInfo(
+            timestamps=np.array(choice.timestamps),
+            indices=choice.indices,
+            num_frames=choice.num_frames,
+            num_decoded=num_decoded,
+            fps=choice.fps,
+            damage=damage,
+        )
+
+
+def each_picture(paths: Iterable[Path]) -> Iterator[tuple[NDArray[np.uint8], str | None]]:
+    """Yields the picture (H,W,3) uint8 RGB, upright, in each file and what there is to note.
+
+    Raises:
+        DataError: A file that is no picture, or is damaged.
         NotFoundError, StorageError: See `pictures.read_picture`.
     """
-    pictures: list[NDArray[np.uint8]] = []
-    notes: list[str] = []
     for path in paths:
         if (found := read_picture(path)) is None:
             raise DataError(f"image {path}: not an image, give a video alone")
-        pictures.append(found[0])
-        notes += [found[1]] if found[1] else []
-    return pictures, ClipInfo.of_stills(len(pictures), "; ".join(notes) or None)
+        yield found
 
 
 def choose_frames(
@@ -209,67 +307,30 @@ class _Choice:
     def of(
         path: Path,
         stream: VideoStream,
-        times: Sequence[int | None],
+        times: Sequence[int | None] | NDArray[np.int64],
         num_chosen: int,
         start: float | None,
         end: float | None,
     ) -> _Choice:
         unit = float(stream.time_base or 0)
         origin = times[0]
-        seconds = [
-            None if time is None or origin is None else (time - origin) * unit for time in times
-        ]
-        fps = frame_rate(stream, seconds)
+
+        def shown(place: int) -> float | None:
+            time = times[place]
+            return None if time is None or origin is None else int(time - origin) * unit
+
+        fps = frame_rate(stream, len(times), shown(-1))
         try:
             indices = choose_frames(len(times), num_chosen, fps, start, end)
         except UsageError as error:
             raise UsageError(f"video {path}: {error}") from None
-        shown = (i / fps if (second := seconds[i]) is None else second for i in indices)
-        return _Choice(indices, tuple(shown), len(times), fps)
+        seconds = (i / fps if (second := shown(i)) is None else second for i in indices)
+        return _Choice(indices, tuple(seconds), len(times), fps)
 
     @property
     def places(self) -> list[int]:
         """The indices, each once, sorted."""
         return sorted(set(self.indices))
-
-    def clip(
-        self, frames: Iterable[tuple[int, VideoFrame]], damage: str | None, already: int = 0
-    ) -> Clip:
-        """The clip, out of frames with their places, of which no more are taken than needed.
-
-        Only the chosen pictures are kept, once; `already` frames were decoded before.
-
-        Raises:
-            InternalError: Some chosen frame is not among them.
-        """
-        places = np.array(self.indices)
-        wanted = set(self.indices)
-        last = max(wanted)
-        pictures: NDArray[np.uint8] | None = None
-        size: tuple[int, int] | None = None
-        num_decoded = already
-        for place, frame in frames:
-            num_decoded += 1
-            if place in wanted:
-                size = size or (frame.width, frame.height)
-                picture = upright(frame, *size)
-                if pictures is None:
-                    pictures = np.empty((len(places), *picture.shape), np.uint8)
-                pictures[places == place] = picture
-                wanted.remove(place)
-            if place == last:
-                break
-        if pictures is None or wanted:
-            raise InternalError(f"frames {sorted(wanted)} were announced, but did not come")
-        info = ClipInfo(
-            timestamps=np.array(self.timestamps),
-            indices=self.indices,
-            num_frames=self.num_frames,
-            num_decoded=num_decoded,
-            fps=self.fps,
-            damage=damage,
-        )
-        return Clip(pictures, info)
 
 
 def _damage(path: Path, found: int, promised: int, estimate: int) -> str | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ppllava_engines import devices, plan
-from ppllava_engines.bundle import MANIFEST, FileSpec, GraphSpec, Manifest, Precision
+from ppllava_engines.bundle import MANIFEST, FileSpec, GraphSpec, Manifest, Precision, TensorSpec
 from ppllava_engines.devices import RECIPES, Gpu, find_gpu, recipe, recipe_for, recipes
 from ppllava_engines.errors import DataError, IncompatibleError, UsageError, run_command
+from ppllava_engines.memory_layout import MEMORY_GRAPHS
 from ppllava_engines.plan import LATENCY, Device, estimate
 from tiny_bundle import tiny_manifest, write_bundle
 from tiny_driver import ORIN_NANO, compile_driver
@@ -135,6 +138,41 @@ def test_memory_follows_from_files_and_shapes(folder: Path) -> None:
     # Frames are looked at a few at a time, unless they see each other.
     more = estimate(manifest, Device("card", 24 * GB, integrated=False), frames=64, tokens=2048)
     assert sizes["activations of vision"] in more.parts
+
+
+def test_each_kind_of_memory_has_its_price(folder: Path) -> None:
+    manifest = model_of_7b(folder, Precision(), 13.5)
+    keys, hidden, tokens = (
+        TensorSpec(name, "float32", ("T", 576, width))
+        for name, width in (("keys", 768), ("hidden", 4096), ("tokens", 1024))
+    )
+    norms = TensorSpec("norms", "float32", ("T", 576))
+    outputs = {"vision": (keys, hidden), "vision_tokens": (tokens, norms)}
+    names = ("vision", "pool", *MEMORY_GRAPHS)
+    manifest = replace(
+        manifest,
+        graphs=manifest.graphs
+        | {name: GraphSpec("graphs/vision.onnx", (), outputs.get(name, ())) for name in names},
+    )
+    device = Device("card", 24 * GB, integrated=False)
+    found = estimate(manifest, device, frames=32, tokens=2048)
+    rows = 32 * 576
+    assert {kept.memory: kept.num_bytes for kept in found.memories} == {
+        "hidden": rows * (768 + 4096) * 2,
+        "hidden-fp32": rows * (768 + 4096) * 4,
+        "hidden-int8": rows * (768 * 2 + 4096 + 4),
+        "tokens": rows * (1024 * 2 + 4),
+    }
+    assert ["linear_1" in kept.rerun for kept in found.memories] == [False, False, False, True]
+    # No GPU runs the graphs of a CPU's memories.
+    weights = [part.name for part in found.parts if part.name.startswith("weights of ")]
+    assert not any(name.removeprefix("weights of ") in MEMORY_GRAPHS for name in weights)
+    half = replace(manifest, precision=Precision("fp16"))
+    kinds = [kept.memory for kept in estimate(half, device, frames=32, tokens=2048).memories]
+    assert kinds == ["hidden", "hidden-int8", "tokens"]
+    out = StringIO()
+    Console(file=out, width=120).print(plan.memory_table(found))
+    assert "0.179" in out.getvalue()
 
 
 @pytest.mark.parametrize("option", ["frames", "tokens"])

@@ -21,6 +21,7 @@ from ppllava_engines.errors import (
     UsageError,
 )
 from ppllava_engines.onnxruntime import open_session
+from ppllava_export.int8_weights import column_steps, round_columns
 from tiny_bundle import WIDTH, scale_spec, write_bundle, write_graph
 
 
@@ -186,8 +187,11 @@ def test_a_bfloat16_graph_is_refused_with_what_to_do(
 
 
 def test_int8_products_do_not_saturate(tmp_path: Path) -> None:
-    """The largest int8 values on both sides: in 16 bits, two products already overflow."""
+    """The largest inputs and weights: of full range, two products already overflow 16 bits."""
     size, step = 64, np.float32(0.01)
+    weights = np.full((size, size), 127 * step, np.float32)
+    steps = column_steps(weights)
+    rounded = round_columns(weights, steps)
     x, y = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", size)) for name in ("x", "y")
     )
@@ -200,14 +204,14 @@ def test_int8_products_do_not_saturate(tmp_path: Path) -> None:
     arrays = {
         "step": step,
         "zero": np.int8(0),
-        "w": np.full((size, size), 127, np.int8),
-        "steps": np.full(size, step),
+        "w": rounded,
+        "steps": steps,
         "zeros": np.zeros(size, np.int8),
     }
     initializers = [numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items()]
     path = save_graph(tmp_path / "int8.onnx", nodes, [x], [y], initializers)
     ones = np.full((2, size), 127 * step, np.float32)
-    exact = size * (127 * step) ** 2
+    exact = ones @ (rounded * steps)
     for lean in (False, True):
         (got,) = open_session(path, lean=lean).run(None, {"x": ones})
         np.testing.assert_allclose(got, exact, rtol=1e-5)

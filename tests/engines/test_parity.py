@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 from ppllava_engines.bundle import Bundle, Precision
 from ppllava_engines.errors import DataError, IncompatibleError, InternalError
+from ppllava_engines.memory_parity import MEMORY_STAGES
 from ppllava_engines.parity import STAGES, Parity, Stage, replay
 from ppllava_engines.samples import SAMPLES, Samples, prompt_embeds
 
@@ -31,6 +32,8 @@ def tiny_samples(**changes: Any) -> Samples:
         prompt_after=np.array([4]),
         kernel=np.array([2, 1, 1]),
         stride=np.array([2, 1, 1]),
+        tokens=floats.reshape(2, 4, 3).astype(np.float16),
+        norms=np.abs(floats[:8]).reshape(2, 4),
         keys=floats.reshape(2, 4, 3),
         hidden=floats.reshape(2, 4, 3),
         text_embed=floats[:3][None],
@@ -215,19 +218,26 @@ def test_a_bundle_replays_its_own_samples(request: pytest.FixtureRequest, name: 
     samples = Samples.read(folder / SAMPLES)
     for lean in (False, True):
         stages = replayed(folder, samples, precision, lean)
-        assert tuple(stages) == STAGES
+        memories = list(MEMORY_STAGES if name == "bundle" else MEMORY_STAGES[1:])
+        assert list(stages) == [*STAGES, *memories]
         assert all(stage.passed for stage in stages.values()), stages
     # One stage's inputs are not another's outputs: only what is changed is far.
     other = dataclasses.replace(samples, hidden=samples.hidden + samples.hidden.dtype.type(1))
     stages = replayed(folder, other, precision, lean=False)
-    assert [n for n, stage in stages.items() if not stage.passed] == ["hidden", "pooled"]
+    failed = [n for n, stage in stages.items() if not stage.passed]
+    memories = ["pooled_fp16"] if name == "bundle" else []
+    assert failed == ["hidden", "pooled", *memories, "pooled_int8"]
+    other = dataclasses.replace(samples, tokens=samples.tokens[:, ::-1])
+    stages = replayed(folder, other, precision, lean=False)
+    failed = [n for n, stage in stages.items() if not stage.passed]
+    assert failed == ["tokens", "relevance_tokens", "pooled_tokens"]
 
 
 def test_quantised_parts_are_held_to_their_direction(bundle: Path) -> None:
     samples = Samples.read(bundle / SAMPLES)
     stages = replayed(bundle, samples, Precision("fp32", "int8", "int4"), lean=True)
     held = {name for name, stage in stages.items() if stage.min_cosine is not None}
-    assert held == {"keys", "hidden", "logits"}
+    assert held == {"keys", "hidden", "logits", *MEMORY_STAGES[1:]}
     assert all((s.tolerance is None) == (n in held) for n, s in stages.items())
 
 
@@ -247,6 +257,7 @@ def test_a_weight_that_changed_shows_in_its_own_stage(bundle: Path, tmp_path: Pa
         decoder=manifest.decoder,
         precision=manifest.precision,
     )
+    # Embedded, a copy of it is in each of the other pool graphs; none of them has changed.
     assert [stage.name for stage in stages if not stage.passed] == ["pooled"]
 
 

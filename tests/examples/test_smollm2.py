@@ -107,11 +107,11 @@ def test_greedy_ids_are_those_of_transformers(
             release=checkpoint.weights.release,
         )
     table = np.load(tmp_path / spec.embedding, mmap_mode="r")
-    decoder = OnnxRuntimeDecoder(open_session(tmp_path / spec.path), table, spec)
+    decoder = OnnxRuntimeDecoder(open_session(tmp_path / spec.path), None, table, spec)
     for question in QUESTIONS:
         turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         prompt = tokenizer.encode(turn, add_special_tokens=False).ids
-        ids = list(decoder.generate(decoder.embed(prompt), NEW_TOKENS, Sampling()))
+        ids = list(decoder.generate([decoder.embed(prompt)], NEW_TOKENS, Sampling()))
         assert len(ids) == NEW_TOKENS
         with torch.no_grad():
             logits = reference(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]

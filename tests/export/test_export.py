@@ -24,6 +24,7 @@ import ppllava_export.graphs
 from ppllava_engines.bundle import Bundle, Precision
 from ppllava_engines.engine import open_engine
 from ppllava_engines.errors import IncompatibleError, InternalError, NotFoundError, UsageError
+from ppllava_engines.memory_parity import MEMORY_STAGES
 from ppllava_engines.onnxruntime import open_session
 from ppllava_engines.parity import STAGES as PARITY_STAGES
 from ppllava_engines.parity import Parity, Stage
@@ -47,6 +48,7 @@ def test_bundle_holds_the_contract(request: pytest.FixtureRequest, precision: st
             for tensors in (graph.inputs, graph.outputs)
         ]
         for name, graph in manifest.graphs.items()
+        if name in ("vision", "text", "pool")  # for the others see test_memory_graphs.py
     }
     assert described == {
         "vision": [
@@ -76,7 +78,8 @@ def test_bundle_holds_the_contract(request: pytest.FixtureRequest, precision: st
     assert (model.text_bos_token_id, model.text_eos_token_id) == (512, 513)
     assert set(manifest.tokenizers) == {"decoder", "text"}
     parity = Parity.read(path)
-    assert tuple(stage.name for stage in parity.stages) == PARITY_STAGES
+    memories = MEMORY_STAGES if precision == "fp32" else MEMORY_STAGES[1:]
+    assert tuple(stage.name for stage in parity.stages) == PARITY_STAGES + memories
     assert all(stage.passed for stage in parity.stages)
     assert Samples.read(opened.file(manifest.samples)).keys.dtype == dtype
     assert manifest.image_newline is not None
@@ -175,7 +178,10 @@ def test_a_variant_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert stages == list(STAGES)
     assert (manifest.model.default_frames, manifest.model.text_positions) == (6, 77)
     files = sorted(path.name for path in (out / "graphs").iterdir())
-    assert files == [f"{g}.onnx{d}" for g in ("pool", "text", "vision") for d in ("", ".data")]
+    data = [
+        f"{name}.onnx.data" for name in ("pool", "text", "vision")
+    ]  # those of others are theirs
+    assert files == sorted([*(f"{name}.onnx" for name in manifest.graphs), *data])
     graph = onnx.load(str(out / "decoder/model.onnx"), load_external_data=False).graph
     assert "RotaryEmbedding" in [node.op_type for node in graph.node]
     assert "position_ids" not in [value.name for value in graph.input]
@@ -282,8 +288,8 @@ def test_nothing_is_made_of_graphs_that_are_far_from_torch(
 
     monkeypatch.setattr(export, "measure", far)
     monkeypatch.setattr(export, "make_samples", lambda *_: SimpleNamespace(write=lambda _: None))
-    for part in ("vision", "text"):  # what takes time
-        monkeypatch.setattr(export, f"export_{part}", lambda *_: None)
+    for part in ("vision", "text", "memory_graphs"):  # what takes time
+        monkeypatch.setattr(export, f"export_{part}", lambda *_: {})
     with pytest.raises(InternalError, match=r"fp32 graphs .* hidden: max error 5.0e-04"):
         export_bundle(checkpoint, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -45,7 +45,10 @@ extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*);
 namespace {
 
 constexpr std::size_t kEntries = 275;  // of version 17, but for its last few
-constexpr int kTypes[] = {1, 10, 16};  // float, float16, bfloat16 of ONNXTensorElementDataType
+// float, float16, bfloat16 and int8 of ONNXTensorElementDataType: what hidden is, and pooled then
+constexpr int kTypes[] = {1, 10, 16, 3};
+constexpr int kPooledTypes[] = {1, 10, 16, 1};
+constexpr int kScaled = 3;
 using Any = void (*)();
 
 template <std::size_t kIndex>
@@ -164,13 +167,17 @@ const OrtCustomOp* find_op(int dtype) {
       options.domain->name != "ppllava") {
     return nullptr;
   }
+  const char* name = dtype == kScaled ? "ScaledStridedWeightedPool" : "StridedWeightedPool";
+  const std::vector<int> others =
+      dtype == kScaled ? std::vector<int>{1, 1, 7, 7} : std::vector<int>{1, 7, 7};
   for (const OrtCustomOp* op : options.domain->ops) {
-    const bool known = op->version == 17 && op->GetInputTypeCount(op) == 4 &&
-                       op->GetOutputTypeCount(op) == 1 && op->GetInputType(op, 1) == 1 &&
-                       op->GetInputType(op, 2) == 7 && op->GetInputType(op, 3) == 7 &&
-                       std::strcmp(op->GetName(op), "StridedWeightedPool") == 0;
+    bool known = op->version == 17 && op->GetInputTypeCount(op) == 1 + others.size() &&
+                 op->GetOutputTypeCount(op) == 1 && std::strcmp(op->GetName(op), name) == 0;
+    for (std::size_t i = 0; known && i < others.size(); ++i) {
+      known = op->GetInputType(op, i + 1) == others[i];
+    }
     if (known && op->GetInputType(op, 0) == kTypes[dtype] &&
-        op->GetOutputType(op, 0) == kTypes[dtype]) {
+        op->GetOutputType(op, 0) == kPooledTypes[dtype]) {
       return op;
     }
   }
@@ -195,9 +202,11 @@ int run(int dtype, float temperature, OrtKernelContext& context, bool refusal_ex
 
 }  // namespace
 
-int pool_by_custom_op(int dtype, const void* hidden, const float* weights,
-                      const std::int64_t size[3], std::int64_t width, const std::int64_t kernel[3],
-                      const std::int64_t stride[3], float temperature, void* pooled) {
+namespace {
+
+int run_as(int dtype, const void* hidden, const float* scales, const float* weights,
+           const std::int64_t size[3], std::int64_t width, const std::int64_t kernel[3],
+           const std::int64_t stride[3], float temperature, void* pooled) {
   std::int64_t windows = 1;
   for (int axis = 0; axis < 3; ++axis) {
     const bool none = kernel[axis] < 1 || stride[axis] < 1 || kernel[axis] > size[axis];
@@ -205,11 +214,29 @@ int pool_by_custom_op(int dtype, const void* hidden, const float* weights,
   }
   const auto in = [](const void* data) { return const_cast<void*>(data); };
   OrtKernelContext context{{{kTypes[dtype], {size[0], size[1], size[2], width}, in(hidden)},
+                            {1, {size[0], size[1], size[2]}, in(scales)},
                             {1, {size[0], size[1], size[2]}, in(weights)},
                             {7, {3}, in(kernel)},
                             {7, {3}, in(stride)}},
-                           {kTypes[dtype], {windows, width}, pooled}};
+                           {kPooledTypes[dtype], {windows, width}, pooled}};
+  if (dtype != kScaled) {
+    context.inputs.erase(context.inputs.begin() + 1);
+  }
   return run(dtype, temperature, context);
+}
+
+}  // namespace
+
+int pool_by_custom_op(int dtype, const void* hidden, const float* weights,
+                      const std::int64_t size[3], std::int64_t width, const std::int64_t kernel[3],
+                      const std::int64_t stride[3], float temperature, void* pooled) {
+  return run_as(dtype, hidden, nullptr, weights, size, width, kernel, stride, temperature, pooled);
+}
+
+int pool_by_scaled_op(const std::int8_t* hidden, const float* scales, const float* weights,
+                      const std::int64_t size[3], std::int64_t width, const std::int64_t kernel[3],
+                      const std::int64_t stride[3], float temperature, float* pooled) {
+  return run_as(kScaled, hidden, scales, weights, size, width, kernel, stride, temperature, pooled);
 }
 
 int count_accepted_nonsense() {
@@ -228,14 +255,23 @@ int count_accepted_nonsense() {
       {1, {2, 3, 3}}, {1, {2, 3, 4, 1}},       {2, {1, 3}}, {2, {2}},          {2, {}},
       {3, {4}},       {3, {3, 1}}};
   std::vector<float> values(1000);
+  const auto accepts = [&](int dtype, const std::vector<std::vector<std::int64_t>>& shapes) {
+    OrtKernelContext context{{}, {1, {0, 0}, values.data()}};
+    for (const std::vector<std::int64_t>& shape : shapes) {
+      context.inputs.push_back({1, shape, values.data()});
+    }
+    return run(dtype, 0.01f, context, true) != 1;
+  };
   for (const auto& [input, shape] : bad) {
     auto shapes = good;
     shapes[input] = shape;
-    OrtKernelContext context{{}, {1, {0, 0}, values.data()}};
-    for (std::size_t i = 0; i < 4; ++i) {
-      context.inputs.push_back({i < 2 ? 1 : 7, shapes[i], values.data()});
-    }
-    accepted += run(0, 0.01f, context, true) != 1;
+    accepted += accepts(0, shapes);
+    shapes.insert(shapes.begin() + 1, {2, 3, 4});  // scales
+    accepted += accepts(kScaled, shapes);
+  }
+  for (const std::vector<std::int64_t>& scales :
+       std::vector<std::vector<std::int64_t>>{{}, {2, 3}, {2, 3, 3}, {2, 3, 4, 1}, {1, 3, 4}}) {
+    accepted += accepts(kScaled, {{2, 3, 4, 5}, scales, {2, 3, 4}, {3}, {3}});
   }
   return accepted;
 }

@@ -18,53 +18,84 @@ namespace {
 
 using ppllava::Isa;
 
+constexpr int kInt8 = 3;
+
+void run_all(const ppllava::CpuPool& pool) {
+  for (std::int64_t part = 0; part < pool.num_parts(); ++part) {
+    pool.run(part);
+  }
+}
+
 template <Isa kIsa>
 int pool_by_isa(int dtype, const void* hidden, const float* weights, const std::int64_t size[3],
                 std::int64_t width, const std::int64_t kernel[3], const std::int64_t stride[3],
                 float temperature, void* pooled) {
-  const ppllava::CpuPool pool(ppllava::Windows(size, kernel, stride),
-                              static_cast<ppllava::DataType>(dtype), hidden, weights, width,
-                              temperature, pooled, kIsa);
-  for (std::int64_t part = 0; part < pool.num_parts(); ++part) {
-    pool.run(part);
-  }
+  run_all(ppllava::CpuPool(ppllava::Windows(size, kernel, stride),
+                           static_cast<ppllava::DataType>(dtype), hidden, weights, width,
+                           temperature, pooled, kIsa));
+  return 0;
+}
+
+template <Isa kIsa>
+int scaled_by_isa(const std::int8_t* hidden, const float* scales, const float* weights,
+                  const std::int64_t size[3], std::int64_t width, const std::int64_t kernel[3],
+                  const std::int64_t stride[3], float temperature, float* pooled) {
+  run_all(ppllava::CpuPool(ppllava::Windows(size, kernel, stride), hidden, scales, weights, width,
+                           temperature, pooled, kIsa));
   return 0;
 }
 
 struct Implementation {
   const char* name;
   PoolFunction* pool;
+  ScaledPoolFunction* scaled;  // null where there is none
+
+  int run(const Case& c, const void* hidden, void* pooled) const {
+    return c.dtype == kInt8
+               ? scaled(static_cast<const std::int8_t*>(hidden), c.scales.data(), c.weights.data(),
+                        c.size, c.width, c.kernel, c.stride, c.temperature,
+                        static_cast<float*>(pooled))
+               : pool(c.dtype, hidden, c.weights.data(), c.size, c.width, c.kernel, c.stride,
+                      c.temperature, pooled);
+  }
 };
 
 std::vector<Implementation> implementations() {
-  std::vector<Implementation> all = {{"CPU loop", strided_weighted_pool_cpu},
-                                     {"CPU loop, baseline", pool_by_isa<Isa::kBaseline>},
-                                     {"custom op", pool_by_custom_op}};
+  std::vector<Implementation> all = {
+      {"CPU loop", strided_weighted_pool_cpu, scaled_strided_weighted_pool_cpu},
+      {"CPU loop, baseline", pool_by_isa<Isa::kBaseline>, scaled_by_isa<Isa::kBaseline>},
+      {"custom op", pool_by_custom_op, pool_by_scaled_op}};
   if (ppllava::best_isa() >= Isa::kAvx2) {
-    all.push_back({"CPU loop, AVX2", pool_by_isa<Isa::kAvx2>});
+    all.push_back({"CPU loop, AVX2", pool_by_isa<Isa::kAvx2>, scaled_by_isa<Isa::kAvx2>});
   }
   if (ppllava::best_isa() >= Isa::kAvx512) {
-    all.push_back({"CPU loop, AVX-512", pool_by_isa<Isa::kAvx512>});
+    all.push_back({"CPU loop, AVX-512", pool_by_isa<Isa::kAvx512>, scaled_by_isa<Isa::kAvx512>});
   } else {
     std::printf("NOT RUN: CPU loop, AVX-512: this processor has none\n");
   }
 #if defined(PPLLAVA_CUDA_ON_HOST)
-  all.push_back({"CUDA kernel on the host", strided_weighted_pool_cuda_on_host});
+  all.push_back({"CUDA kernel on the host", strided_weighted_pool_cuda_on_host, nullptr});
 #else
   std::printf("NOT RUN: CUDA kernel on the host: CUDA's headers were not found\n");
 #endif
   return all;
 }
 
-constexpr std::size_t kBytes[] = {4, 2, 2};
-constexpr double kTolerance[] = {1e-6, 2e-3, 1.5e-2};
+constexpr std::size_t kBytes[] = {4, 2, 2, 1};
+constexpr double kTolerance[] = {1e-6, 2e-3, 1.5e-2, 1e-6};
 // What rounding once to nearest costs, relative to the result: the native implementations do no more.
-constexpr double kRounding[] = {0, 0x1p-11, 0x1p-8};
-constexpr double kSmallest[] = {0x1p-149, 0x1p-24, 0x1p-133};  // numbers above 0
+constexpr double kRounding[] = {0, 0x1p-11, 0x1p-8, 0};
+constexpr double kSmallest[] = {0x1p-149, 0x1p-24, 0x1p-133, 127 * 0x1p-149};  // above 0
+
+int pooled_dtype(int dtype) { return dtype == kInt8 ? 0 : dtype; }
 
 std::vector<unsigned char> packed(const std::vector<float>& values, int dtype) {
   std::vector<unsigned char> bytes(values.size() * kBytes[dtype]);
   for (std::size_t i = 0; i < values.size(); ++i) {
+    if (dtype == kInt8) {
+      bytes[i] = static_cast<unsigned char>(static_cast<std::int8_t>(values[i]));
+      continue;
+    }
     const std::uint16_t half = dtype == 1 ? ppllava::from_float<ppllava::Float16>(values[i]).bits
                                           : ppllava::from_float<ppllava::BFloat16>(values[i]).bits;
     std::memcpy(&bytes[i * kBytes[dtype]],
@@ -128,14 +159,16 @@ Expected expected(const Case& c) {
           double value = 0, magnitude = 0;
           for (std::size_t i = 0; i < tokens.size(); ++i) {
             const std::size_t at = tokens[i] * static_cast<std::size_t>(c.width);
-            const double term = shares[i] / sum *
+            const double scale = c.dtype == kInt8 ? static_cast<double>(c.scales[tokens[i]]) : 1;
+            const double term = shares[i] / sum * scale *
                                 static_cast<double>(c.hidden[at + static_cast<std::size_t>(d)]);
             value += term;
             magnitude += std::abs(term);
           }
           out.pooled.push_back(value);
           // Below the smallest normal numbers each term and the sum round absolutely.
-          const double absolute = kSmallest[0] * static_cast<double>(tokens.size());
+          const double smallest = kSmallest[c.dtype == kInt8 ? kInt8 : 0];
+          const double absolute = smallest * static_cast<double>(tokens.size());
           const double once = kTolerance[0] * magnitude + kRounding[c.dtype] * std::abs(value);
           out.bounds.push_back(std::min(c.tolerance * magnitude, once) + absolute +
                                kSmallest[c.dtype]);
@@ -152,11 +185,13 @@ int check(const Case& c, const char* name, const std::vector<Implementation>& al
   const std::vector<unsigned char> hidden = packed(c.hidden, c.dtype);
   int wrong = 0;
   for (const Implementation& implementation : all) {
+    if (c.dtype == kInt8 && implementation.scaled == nullptr) {
+      continue;
+    }
     // Exactly as large as it must be, so that a sanitizer sees the first byte beyond.
-    std::vector<unsigned char> bytes(want.pooled.size() * kBytes[c.dtype], 0xff);
-    const int code = implementation.pool(c.dtype, hidden.data(), c.weights.data(), c.size, c.width,
-                                         c.kernel, c.stride, c.temperature, bytes.data());
-    const std::vector<float> got = unpacked(bytes, c.dtype);
+    std::vector<unsigned char> bytes(want.pooled.size() * kBytes[pooled_dtype(c.dtype)], 0xff);
+    const int code = implementation.run(c, hidden.data(), bytes.data());
+    const std::vector<float> got = unpacked(bytes, pooled_dtype(c.dtype));
     std::size_t at = 0;
     while (at < got.size() &&
            (std::abs(static_cast<double>(got[at]) - want.pooled[at]) <= want.bounds[at] ||
@@ -207,15 +242,23 @@ int check_literals(const std::vector<Implementation>& all) {
   int wrong = 0;
   for (std::size_t i = 0; i < literals.size(); ++i) {
     const Literal& literal = literals[i];
-    for (int dtype = 0; dtype < 3; ++dtype) {
-      const auto hidden = packed({0, 1, 2, 3, 4, 5, 6, 7}, dtype);
-      const std::int64_t size[] = {2, 2, 2};
+    for (int dtype = 0; dtype <= kInt8; ++dtype) {
+      Case c{dtype, {2, 2, 2}, 1, {}, {}, 0.01f, 0, {0, 1, 2, 3, 4, 5, 6, 7}, literal.weights, {}};
+      std::copy_n(literal.kernel, 3, c.kernel);
+      std::copy_n(literal.stride, 3, c.stride);
+      if (dtype == kInt8) {  // 0 to 7 as well
+        c.hidden = {2, 2, 4, 6, 4, 4, 4, 4};
+        c.scales = {0, 0.5f, 0.5f, 0.5f, 1, 1.25f, 1.5f, 1.75f};
+      }
+      const auto hidden = packed(c.hidden, dtype);
       for (const Implementation& implementation : all) {
-        std::vector<unsigned char> bytes(literal.pooled.size() * kBytes[dtype], 0x55);
-        const int code =
-            implementation.pool(dtype, hidden.data(), literal.weights.data(), size, 1,
-                                literal.kernel, literal.stride, 0.01f, bytes.data());
-        const std::vector<float> got = unpacked(bytes, dtype);
+        if (dtype == kInt8 && implementation.scaled == nullptr) {
+          continue;
+        }
+        const int made = pooled_dtype(dtype);
+        std::vector<unsigned char> bytes(literal.pooled.size() * kBytes[made], 0x55);
+        const int code = implementation.run(c, hidden.data(), bytes.data());
+        const std::vector<float> got = unpacked(bytes, made);
         const bool same = std::equal(
             got.begin(), got.end(), literal.pooled.begin(), [](float a, float b) {
               return std::isnan(b) ? std::isnan(a) : std::abs(a - b) <= 1e-6f * std::abs(b);
@@ -277,7 +320,7 @@ int check_random(const std::vector<Implementation>& all) {
   int wrong = 0;
   for (int number = 0; number < 200; ++number) {
     Case c{};
-    c.dtype = number % 3;
+    c.dtype = number % 4;
     c.tolerance = kTolerance[c.dtype];
     c.width = number % 10 == 0 ? upto(250, 9000) : upto(0, 70);
     c.temperature = number % 2 == 0 ? 0.01f : 1.0f;
@@ -290,8 +333,15 @@ int check_random(const std::vector<Implementation>& all) {
     c.weights.resize(tokens);
     std::generate(c.weights.begin(), c.weights.end(), [&] { return 0.02f * normal(random); });
     c.hidden.resize(tokens * static_cast<std::size_t>(c.width));
-    std::generate(c.hidden.begin(), c.hidden.end(), [&] { return normal(random); });
-    c.hidden = unpacked(packed(c.hidden, c.dtype), c.dtype);
+    if (c.dtype == kInt8) {
+      std::generate(c.hidden.begin(), c.hidden.end(),
+                    [&] { return static_cast<float>(upto(-128, 127)); });
+      c.scales.resize(tokens);
+      std::generate(c.scales.begin(), c.scales.end(), [&] { return 0.01f * normal(random); });
+    } else {
+      std::generate(c.hidden.begin(), c.hidden.end(), [&] { return normal(random); });
+      c.hidden = unpacked(packed(c.hidden, c.dtype), c.dtype);
+    }
     wrong += check(c, ("random " + std::to_string(number)).c_str(), all);
   }
   return wrong;
@@ -314,6 +364,8 @@ int check_file(const char* path, const std::vector<Implementation>& all) {
     c.hidden.resize(c.weights.size() * static_cast<std::size_t>(c.width));
     whole = whole && read(file.get(), c.hidden.data(), c.hidden.size()) &&
             read(file.get(), c.weights.data(), c.weights.size());
+    c.scales.resize(c.dtype == kInt8 ? c.weights.size() : 0);
+    whole = whole && read(file.get(), c.scales.data(), c.scales.size());
     if (!whole) {
       std::printf("FAILED %s ends within case %d\n", path, number);
       return wrong + 1;

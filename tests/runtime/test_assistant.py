@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ppllava_engines.bundle import Bundle
-from ppllava_engines.errors import UsageError
+from ppllava_engines.errors import InternalError, UsageError
 from ppllava_runtime import Assistant, Video
-from ppllava_runtime.memory import encode
+from ppllava_runtime import answer as answer_module
 from ppllava_runtime.preprocess import pixel_values
 from ppllava_runtime.prompt import PromptBuilder
 from ppllava_runtime.video import read_clip
@@ -47,7 +51,8 @@ def test_pieces_are_the_text(video: Video) -> None:
     assert answer.accounting.num_new_tokens <= 30
 
 
-def test_an_answer_is_what_the_graphs_say(video: Video, bundle: Path, clip: Path) -> None:
+def test_an_answer_is_what_the_graphs_say(bundle: Path, clip: Path) -> None:
+    video = Assistant.open(bundle, memory="hidden-fp32").watch(clip, 6)
     opened = Bundle.open(bundle)
     model = opened.manifest.model
     frames = read_clip(clip, 6).frames
@@ -147,16 +152,6 @@ def test_a_half_precision_bundle_answers(bundle_fp16: Path, clip: Path, video: V
     np.testing.assert_allclose(answer.relevance, video.ask(QUESTION).relevance, atol=5e-3)
 
 
-def test_frames_may_be_encoded_in_parts(assistant: Assistant) -> None:
-    values = np.random.default_rng(0).normal(size=(7, 3, 32, 32)).astype(np.float32)
-    told: list[tuple[int, int]] = []
-    parts = encode(assistant.vision, values, None, lambda done, total: told.append((done, total)))
-    whole = encode(assistant.vision, values, 7)
-    for part, all_ in zip(parts, whole, strict=True):
-        np.testing.assert_allclose(part, all_, atol=1e-5)
-    assert told == [(0, 7), (4, 7), (7, 7)]
-
-
 def test_one_frame_of_a_video_can_be_asked_about(assistant: Assistant, clip: Path) -> None:
     answer = assistant.watch(clip, num_frames=1).ask(QUESTION, max_new_tokens=3)
     assert answer.accounting.num_tokens_after == 4
@@ -191,3 +186,73 @@ def test_accounts_cannot_be_changed(video: Video) -> None:
     accounting = video.ask(QUESTION, max_new_tokens=1).accounting
     with pytest.raises(dataclasses.FrozenInstanceError):
         accounting.num_new_tokens = 7  # type: ignore[misc]
+
+
+def test_once_loaded_needs_its_bundle_for_no_schema_either(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    loaded = Assistant.open(copy).load()
+    shutil.rmtree(copy)
+    asked: dict[str, Any] = {"regex": "[a-z]{2,9} [0-9]+", "max_new_tokens": 20}
+    answer = loaded.ask(QUESTION, **asked)
+    assert re.match("[a-z]{2,9} [0-9]+$", answer.text)
+    # What was loaded says the same as the file.
+    assert answer.ids == Assistant.open(bundle).ask(QUESTION, **asked).ids
+
+
+def failing(generate: Callable[..., Iterator[int]], count: int) -> Callable[..., Iterator[int]]:
+    """The same, but it fails after so many ids."""
+
+    def broken(*arguments: Any) -> Iterator[int]:
+        yield from islice(generate(*arguments), count)
+        raise InternalError("decoder: it broke")
+
+    return broken
+
+
+def test_an_answer_that_failed_fails_again(video: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = video.assistant.decoder
+    monkeypatch.setattr(decoder, "generate", failing(decoder.generate, 9))
+    answer = video.ask(QUESTION, max_new_tokens=25)
+    begun: list[str] = []
+    reads: list[Callable[[], object]] = [
+        lambda: begun.extend(answer),
+        lambda: answer.text,
+        lambda: answer.ids,
+        lambda: answer.finish_reason,
+        lambda: answer.was_cut,
+    ]
+    for read in reads:
+        with pytest.raises(InternalError, match="decoder: it broke"):
+            read()
+    assert begun
+    assert len(answer.ids_so_far) == 9
+    answer.close()
+    assert len(answer.ids) == 9
+    assert answer.text.startswith("".join(begun))
+    assert answer.finish_reason == "stop"
+
+
+def test_first_token_counts_all_that_a_question_needs(
+    assistant: Assistant, video: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*arguments: Any) -> Any:
+            clock.now += seconds
+            return work(*arguments)
+
+        return done
+
+    assert video.ask(QUESTION, max_new_tokens=1).text  # pays for watching
+    monkeypatch.setattr(answer_module, "time", clock)
+    monkeypatch.setattr(assistant.prompts, "build", taking(1, assistant.prompts.build))
+    monkeypatch.setattr(assistant, "constraint", taking(2, assistant.constraint))
+    monkeypatch.setattr(assistant.text, "run", taking(4, assistant.text.run))
+    answer = video.ask(QUESTION, max_new_tokens=3)
+    assert answer.ids
+    spent = answer.accounting.milliseconds
+    assert (spent.first_token, spent.prefill, spent.text) == (7000, 3000, 4000)

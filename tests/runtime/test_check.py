@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-import ppllava_runtime.assistant
+import ppllava_runtime.watching
 from ppllava_engines.bundle import MANIFEST, Bundle, DecoderSpec, ModelSpec, hash_files
 from ppllava_engines.errors import run_command
+from ppllava_engines.memory_parity import MEMORY_STAGES
 from ppllava_engines.parity import STAGES
 from ppllava_engines.samples import SAMPLES
 from ppllava_export import export_bundle
 from ppllava_runtime import check, trial
 from ppllava_runtime.check import Report, check_bundle, main
 from ppllava_runtime.trial import Seen
-from ppllava_runtime.video import Clip, read_clip
+from ppllava_runtime.video import ChosenFrames
 from tiny_checkpoint import write_checkpoint
 from tiny_videos import write_video
 
@@ -102,8 +103,9 @@ def test_a_sound_bundle(
     assert clips == ["clip", "reversed", "blank", "still"]
     report = check_bundle(path)
     assert {found.status for found in report.findings} == {"ok"}
+    stages = STAGES + (MEMORY_STAGES if name == "bundle" else MEMORY_STAGES[1:])
     assert [found.name for found in report.findings] == [
-        "files", "embeddings", *(f"replay {stage}" for stage in STAGES), *CLIP_FINDINGS,
+        "files", "embeddings", *(f"replay {stage}" for stage in stages), *CLIP_FINDINGS,
     ]  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def test_json_says_the_same(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
     assert record["verdict"] == "sound"
-    assert [stage["name"] for stage in record["stages"]] == list(STAGES)
+    assert [stage["name"] for stage in record["stages"]] == [*STAGES, *MEMORY_STAGES]
     assert set(record["answers"]) == {"clip", "reversed", "blank", "still"}
 
 
@@ -184,10 +186,11 @@ def test_normalisation_of_another_model(copy: Path) -> None:
 
 
 def test_image_embeddings_that_are_zero(copy: Path) -> None:
-    edit_graph(
-        copy / "graphs/pool.onnx",
-        lambda _, value: np.zeros_like(value) if value.ndim == 2 and value.size > 1 else None,
-    )
+    for name in ("pool", "pool_fp16"):
+        edit_graph(
+            copy / f"graphs/{name}.onnx",
+            lambda _, value: np.zeros_like(value) if value.ndim == 2 and value.size > 1 else None,
+        )
     report = check_bundle(rehash(copy))
     assert {"replay pooled", "clip or blank", "clip or reversed"} <= set(bad(report))
     assert "pooling gives the same for both" in detail(report, "clip or blank")
@@ -276,11 +279,12 @@ def test_what_the_pooling_magnifies_is_no_measure_of_logits(copy: Path) -> None:
 
 
 def altered_reading(alter: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Any:
-    def read(path: str | Path, num_frames: int, *span: float | None) -> Clip:
-        clip = read_clip(path, num_frames, *span)
-        return dataclasses.replace(clip, frames=alter(clip.frames))
+    class Altered(ChosenFrames):
+        def __iter__(self) -> Iterator[tuple[tuple[int, ...], NDArray[np.uint8]]]:
+            rows, frames = zip(*super().__iter__(), strict=True)
+            return zip(rows, alter(np.stack(frames)), strict=True)
 
-    return read
+    return Altered
 
 
 def by_brightness(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -305,7 +309,7 @@ def test_a_runtime_that_loses(
     expected: set[str],
     where: str,
 ) -> None:
-    monkeypatch.setattr(ppllava_runtime.assistant, "read_clip", altered_reading(alter))
+    monkeypatch.setattr(ppllava_runtime.watching, "ChosenFrames", altered_reading(alter))
     report = check_bundle(bundle)
     assert set(bad(report)) == expected
     assert where in report.verdict

@@ -58,42 +58,42 @@ def test_equals_computing_everything_anew(precision: str, request: pytest.Fixtur
     decoder = OnnxRuntimeDecoder.open(Bundle.open(path))
     for seed in range(2):
         prompt = tuple(np.random.default_rng(seed).integers(4, 384, 9).tolist())
-        ids = list(decoder.generate(decoder.embed(prompt), 16, GREEDY))
+        ids = list(decoder.generate([decoder.embed(prompt)], 16, GREEDY))
         assert ids == from_scratch(path, prompt, 16)
         assert len(ids) > 3
 
 
 def test_answers_do_not_disturb_each_other(decoder: OnnxRuntimeDecoder) -> None:
     prompts = [decoder.embed(PROMPT), decoder.embed(PROMPT[::-1])]
-    expected = [list(decoder.generate(prompt, 20, GREEDY)) for prompt in prompts]
-    first = decoder.generate(prompts[0], 20, GREEDY)
+    expected = [list(decoder.generate([prompt], 20, GREEDY)) for prompt in prompts]
+    first = decoder.generate([prompts[0]], 20, GREEDY)
     begun = list(islice(first, 3))
-    assert list(decoder.generate(prompts[1], 20, GREEDY)) == expected[1]
-    abandoned = decoder.generate(prompts[1], 20, GREEDY)
+    assert list(decoder.generate([prompts[1]], 20, GREEDY)) == expected[1]
+    abandoned = decoder.generate([prompts[1]], 20, GREEDY)
     next(abandoned)
     del abandoned
     assert begun + list(first) == expected[0]
-    assert list(decoder.generate(prompts[0], 20, GREEDY)) == expected[0]
+    assert list(decoder.generate([prompts[0]], 20, GREEDY)) == expected[0]
 
 
 def test_uses_every_position_and_no_more(decoder: OnnxRuntimeDecoder) -> None:
     most = decoder.max_positions
     wild = Sampling(temperature=100.0, seed=3)  # hardly ever ends by itself
     for length in (most - 1, most - 5):
-        ids = list(decoder.generate(np.resize(decoder.embed(PROMPT), (length, 64)), 50, wild))
+        ids = list(decoder.generate([np.resize(decoder.embed(PROMPT), (length, 64))], 50, wild))
         assert len(ids) == most - length + 1
     with pytest.raises(UsageError) as caught:
-        decoder.generate(np.resize(decoder.embed(PROMPT), (most, 64)), 1, GREEDY)
+        decoder.generate([np.resize(decoder.embed(PROMPT), (most, 64))], 1, GREEDY)
     assert str(caught.value) == (
         "the prompt is 512 tokens long and the model holds 512 with its answer: pool the video to "
         "fewer tokens, or shorten the question"
     )
     with pytest.raises(UsageError, match="max_new_tokens is 0, expected 1 or more"):
-        decoder.generate(decoder.embed(PROMPT), 0, GREEDY)
+        decoder.generate([decoder.embed(PROMPT)], 0, GREEDY)
 
 
 def test_stops_before_an_end_token(decoder: OnnxRuntimeDecoder) -> None:
-    ids = list(decoder.generate(decoder.embed(PROMPT), 300, Sampling(temperature=2.0, seed=11)))
+    ids = list(decoder.generate([decoder.embed(PROMPT)], 300, Sampling(temperature=2.0, seed=11)))
     assert len(ids) < 300
     assert 2 not in ids
 
@@ -101,7 +101,7 @@ def test_stops_before_an_end_token(decoder: OnnxRuntimeDecoder) -> None:
 def test_the_same_seed_gives_the_same_answer(decoder: OnnxRuntimeDecoder) -> None:
     def ids(seed: int) -> list[int]:
         sampling = Sampling(temperature=1.5, seed=seed)
-        return list(decoder.generate(decoder.embed(PROMPT), 30, sampling))
+        return list(decoder.generate([decoder.embed(PROMPT)], 30, sampling))
 
     assert ids(5) == ids(5)
     assert ids(5) != ids(6)

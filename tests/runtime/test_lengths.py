@@ -21,12 +21,12 @@ def assistant(
     request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Assistant:
     if request.param == "each frame alone":
-        return Assistant.open(bundle)
+        return Assistant.open(bundle, memory="hidden-fp32")
     from ppllava_export import export_bundle
 
     folder = tmp_path_factory.mktemp("coupled")
     export_bundle(write_checkpoint(folder, btadapter=True), folder / "bundle", "fp32")
-    coupled = Assistant.open(folder / "bundle")
+    coupled = Assistant.open(folder / "bundle", memory="hidden-fp32")
     assert coupled.model.frames_coupled
     return coupled
 
@@ -56,7 +56,8 @@ def test_what_a_frame_tells_depends_on_the_others_where_they_are_coupled(
     assert len(shared) > 3
     for index in shared:
         one, other = (
-            np.asarray(seen.memory.keys)[seen.info.indices.index(index)] for seen in (many, few)
+            np.asarray(seen.memory.arrays["keys"])[seen.info.indices.index(index)]
+            for seen in (many, few)
         )
         same = np.allclose(one, other, atol=1e-5)
         assert same != assistant.model.frames_coupled
@@ -74,7 +75,7 @@ def test_the_time_of_three_coupled_frames_is_not_taken_for_their_colours(
         assistant.vision.run({"pixel_values": each})["keys"] for each in (values, swapped)
     )
     expected, other = (as_times, as_given) if model.frames_coupled else (as_given, as_times)
-    keys = assistant.watch(clip, 3).memory.keys
+    keys = assistant.watch(clip, 3).memory.arrays["keys"]
     np.testing.assert_allclose(keys, expected, atol=1e-5)
     assert not np.allclose(keys, other, atol=1e-3)
 

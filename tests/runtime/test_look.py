@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import DataError, IncompatibleError, UsageError
 from ppllava_runtime import Assistant, Prompt
 from ppllava_runtime.anyres import Tiling
-from ppllava_runtime.decoders.sampling import Sampling
+from ppllava_runtime.decoders import Constraint, FinishReason, Sampling
 from ppllava_runtime.preprocess import pixel_values
 from tiny_videos import numbered_frames, write_video
 
@@ -30,7 +30,7 @@ Array = NDArray[Any]
 
 @pytest.fixture
 def assistant(bundle: Path) -> Assistant:
-    return Assistant.open(bundle)
+    return Assistant.open(bundle, memory="hidden-fp32")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def changed(assistant: Assistant, manifest: dict[str, Any], **model: Any) -> Ass
     bundle = assistant.bundle
     spec = dataclasses.replace(bundle.manifest.model, **model)
     said = dataclasses.replace(bundle.manifest, **{"model": spec, **manifest})
-    return Assistant(Bundle(bundle.path, said))
+    return Assistant(Bundle(bundle.path, said), memory="hidden-fp32")
 
 
 def prompts_given(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> list[Array]:
@@ -56,9 +56,14 @@ def prompts_given(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> list
     given: list[Array] = []
     generate = assistant.decoder.generate
 
-    def noted(embeds: Array, most: int, sampling: Sampling) -> Generator[int, None, None]:
-        given.append(embeds)
-        return generate(embeds, most, sampling)
+    def noted(
+        parts: Sequence[Array],
+        most: int,
+        sampling: Sampling,
+        constraint: Constraint | None = None,
+    ) -> Generator[int, None, FinishReason]:
+        given.append(np.concatenate(parts))
+        return generate(parts, most, sampling, constraint)
 
     monkeypatch.setattr(assistant.decoder, "generate", noted)
     return given
@@ -225,7 +230,7 @@ class TestPictures:
 
     def test_are_one_when_there_is_one(self, assistant: Assistant, paths: list[Path]) -> None:
         one, same = assistant.look(paths[:1]), assistant.watch(paths[0])
-        np.testing.assert_array_equal(one.memory.keys, same.memory.keys)
+        np.testing.assert_array_equal(one.memory.arrays["keys"], same.memory.arrays["keys"])
         assert one.memory.kind == same.memory.kind == "image"
 
     def test_share_a_budget_and_stay_apart(
@@ -273,14 +278,14 @@ class TestCoupledTower:
         counts: list[int] = []
         run = assistant.vision.run
 
-        def counted(feeds: dict[str, Array], keep: dict[str, Array]) -> dict[str, Array]:
+        def counted(feeds: dict[str, Array]) -> dict[str, Array]:
             counts.append(len(feeds["pixel_values"]))
-            return run(feeds, keep)
+            return run(feeds)
 
         monkeypatch.setattr(assistant.vision, "run", counted)
-        monkeypatch.setattr(
-            assistant, "model", dataclasses.replace(assistant.model, frames_coupled=True)
-        )
+        coupled = changed(assistant, {}, frames_coupled=True)
+        monkeypatch.setattr(assistant, "model", coupled.model)
+        monkeypatch.setattr(assistant, "bundle", coupled.bundle)
         return counts
 
     def test_sees_frames_and_pictures_together_and_views_alone(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ppllava_engines.errors import DataError, NotFoundError, StorageError
-from ppllava_runtime.video import read_clip, read_pictures
+from ppllava_runtime.video import each_picture, read_clip
 from tiny_videos import numbered_frames, read_number, write_video
 
 FRAMES = numbered_frames(6)
@@ -143,17 +143,17 @@ def test_of_which_there_are_more_in_the_file_says_so(tmp_path: Path, name: str) 
 def test_and_others_keep_their_sizes(tmp_path: Path) -> None:
     paths = [tmp_path / "0.png", animated(tmp_path / "1.webp", lossless=True)]
     PICTURES[0].save(paths[0], exif=turned())
-    pictures, info = read_pictures(paths)
+    found = list(each_picture(paths))
+    pictures, notes = zip(*found, strict=True)
     assert [picture.shape for picture in pictures] == [(96, 64, 3), (64, 96, 3)]
     np.testing.assert_array_equal(pictures[1], FRAMES[0])
-    assert (info.num_frames, info.num_decoded, info.is_still) == (2, 2, True)
-    assert info.damage == f"image {paths[1]}: only the first of its 6 pictures is looked at"
+    assert notes == (None, f"image {paths[1]}: only the first of its 6 pictures is looked at")
     with pytest.raises(DataError, match=r"clip\.mp4: not an image, give a video alone"):
-        read_pictures([paths[0], write_video(tmp_path / "clip.mp4", FRAMES)])
+        list(each_picture([paths[0], write_video(tmp_path / "clip.mp4", FRAMES)]))
     with pytest.raises(NotFoundError, match=r"image .*none\.png: no such file"):
-        read_pictures([tmp_path / "none.png"])
+        list(each_picture([tmp_path / "none.png"]))
     with pytest.raises(DataError, match=r"image .*: not an image that can be read"):
-        read_pictures([tmp_path])
+        list(each_picture([tmp_path]))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.tiff"])

@@ -116,6 +116,26 @@ class TestPrompt:
         (long,) = builder(**siglip).build(question).text_ids.tolist()
         assert long == [*words[:11], 1]
 
+    def test_of_a_next_turn_follows_the_answer_before_it(self) -> None:
+        made, tokenizer = builder(), decoder_tokenizer()
+        first, later = made.build("red circle"), made.build_next(" red circle ")
+        expected = "</s>USER: red circle ASSISTANT: "
+        assert later.ids == tuple(tokenizer.encode(expected, add_special_tokens=False).ids)
+        np.testing.assert_array_equal(later.text_ids, first.text_ids)
+        # What the tokenizer puts before a text belongs before the first turn alone.
+        bare = tokenizer.encode("USER: <image>\nred circle ASSISTANT: ", add_special_tokens=False)
+        assert first.ids == (tokenizer.token_to_id("<s>"), *bare.ids)
+
+    @pytest.mark.parametrize("question", [" ", "<image>", "so </s>"])
+    def test_of_a_next_turn_refuses_what_the_first_does(self, question: str) -> None:
+        made = builder()
+        refusals = []
+        for build in (made.build, made.build_next):
+            with pytest.raises(UsageError) as refused:
+                build(question)
+            refusals.append(str(refused.value))
+        assert refusals[0] == refusals[1]
+
     def test_does_not_take_over_settings_for_training(self) -> None:
         decoder, text = decoder_tokenizer(), text_tokenizer()
         for tokenizer in (decoder, text):
@@ -218,11 +238,11 @@ class TestIds:
         return dataclasses.replace(tiny_manifest(write_bundle(tmp_path)), model=model())
 
     def test_that_fit_are_taken(self, manifest: Manifest) -> None:
-        Prompt(self.TEXT, (3, 4)).check(manifest, 1)
-        Prompt(self.TEXT, tuple(np.array([3, 4]))).check(manifest, 1)
-        Prompt(np.empty((1, 0), np.int64), (4,)).check(manifest, 0)
+        Prompt(self.TEXT, (3, 4)).check(manifest, 1, guides=True)
+        Prompt(self.TEXT, tuple(np.array([3, 4]))).check(manifest, 1, guides=True)
+        Prompt(np.empty((1, 0), np.int64), (4,)).check(manifest, 0, guides=False)
         padded = dataclasses.replace(manifest, model=model(text_pad_token_id=0))
-        Prompt(np.full((1, 12), EOS), (3, 4)).check(padded, 1)
+        Prompt(np.full((1, 12), EOS), (3, 4)).check(padded, 1, guides=True)
 
     @pytest.mark.parametrize(
         ("text_ids", "got"),
@@ -241,12 +261,12 @@ class TestIds:
         self, manifest: Manifest, text_ids: Any, got: str
     ) -> None:
         with pytest.raises(UsageError, match=f"^the prompt.* {got}"):
-            Prompt(text_ids, (3, 4)).check(manifest, 1)
+            Prompt(text_ids, (3, 4)).check(manifest, 1, guides=True)
 
     def test_of_a_padded_text_tower_are_all_there(self, manifest: Manifest) -> None:
         padded = dataclasses.replace(manifest, model=model(text_pad_token_id=0))
         with pytest.raises(UsageError, match=r"are int64 \(1,3\), expected int64 \(1,12\)"):
-            Prompt(self.TEXT, (3, 4)).check(padded, 1)
+            Prompt(self.TEXT, (3, 4)).check(padded, 1, guides=True)
 
     @pytest.mark.parametrize(
         ("ids", "got"),
@@ -262,7 +282,12 @@ class TestIds:
     )
     def test_of_the_decoder_are_checked(self, manifest: Manifest, ids: Any, got: str) -> None:
         with pytest.raises(UsageError, match=f"the prompt has {got}, expected some from 0 to 4"):
-            Prompt(self.TEXT, ids).check(manifest, 1)
+            Prompt(self.TEXT, ids).check(manifest, 1, guides=True)
+
+    def test_that_guide_end_whether_or_not_they_have_places(self, manifest: Manifest) -> None:
+        Prompt(self.TEXT[:, :2], (3, 4)).check(manifest, 1, guides=False)
+        with pytest.raises(UsageError, match=f"do not end: expected {EOS} among them"):
+            Prompt(self.TEXT[:, :2], (3,)).check(manifest, 0, guides=True)
 
     def test_are_compared_by_identity(self) -> None:
         prompt, same = (Prompt(self.TEXT, (3,)) for _ in range(2))

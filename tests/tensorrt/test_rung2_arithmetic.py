@@ -31,9 +31,10 @@ GEOMETRIES: list[tuple[Triple, Triple, Triple, int]] = [  # size, kernel, stride
     ((5, 5, 5), (2, 1, 3), (1, 1, 1), 8),  # 60 windows for 5 blocks
 ]
 VALUES: tuple[Values, ...] = ("mixed", "extreme", "subnormal")
+FLOATS = [dtype for dtype in NUMPY if dtype != "int8"]  # which is for CPUs
 CASES = [
     PoolCase(size, kernel, stride, width, dtype, values)
-    for (size, kernel, stride, width), dtype, values in product(GEOMETRIES, NUMPY, VALUES)
+    for (size, kernel, stride, width), dtype, values in product(GEOMETRIES, FLOATS, VALUES)
 ]
 
 
@@ -84,7 +85,7 @@ def test_the_kernel_is_right(case: PoolCase, pool: Pool) -> None:
     assert (error <= bound).all(), f"up to {(error / bound).max():.2f} of what is allowed"
 
 
-@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_single_loads_give_the_same_bits(dtype: str, pool: Pool) -> None:
     case = PoolCase((3, 5, 6), (2, 2, 3), (1, 1, 2), 1032, dtype, "mixed")
     hidden, weights = case.arrays()

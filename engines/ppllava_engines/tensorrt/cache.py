@@ -90,6 +90,24 @@ class Cache:
         self._step = plan.execution(decoder._step)
         self._past = decoder._layout.addresses(self._buffer.pointer, capacity)
 
+    def enlarge(self, capacity: int, length: int) -> None:
+        """Makes room for so many tokens, more than before; the first `length` stay.
+
+        Raises:
+            InternalError: CUDA failed.
+            UnavailableError: The GPU has too little memory: it holds both for a moment.
+        """
+        device, layout = self._decoder._plan.device, self._decoder._layout
+        size = layout.num_bytes(capacity)
+        buffer = device.allocate(size, f"keys and values of {capacity} tokens")
+        device.clear(buffer.pointer, buffer.num_bytes)  # see `run`
+        layout.copy(
+            device, buffer.pointer, capacity, 0, self._buffer.pointer, self.capacity, length
+        )
+        device.synchronize()
+        self._buffer, self.capacity = buffer, capacity
+        self._past = layout.addresses(buffer.pointer, capacity)
+
     def run(self, embeds: NDArray[np.generic], length: int) -> NDArray[np.float32]:
         """The logits (V,) after `embeds` (n,D), which follow the first `length` tokens.
 
@@ -134,9 +152,8 @@ class Cache:
             | self._past
             | new.present(num_tokens)
         )
-        layout.append(
-            device, self._buffer.pointer, self.capacity, length, new.rows.pointer, num_tokens
-        )
+        to, rows = self._buffer.pointer, new.rows.pointer
+        layout.copy(device, to, self.capacity, length, rows, num_tokens, num_tokens)
         decoder._logits.download()
         device.synchronize()
 
@@ -183,19 +200,37 @@ class _Layout:
         pitch = self._pitch(num_tokens)
         return {name: start + part * pitch for part, name in enumerate(self.names)}
 
-    def append(
-        self, device: Device, cache: int, capacity: int, length: int, rows: int, num_tokens: int
+    def copy(
+        self,
+        device: Device,
+        target: int,
+        target_tokens: int,
+        at: int,
+        source: int,
+        source_tokens: int,
+        num_tokens: int,
     ) -> None:
-        """Copies the rows of new tokens behind the first `length` ones of a cache, later."""
-        num_parts, heads, width = len(self.names), self._num_heads, num_tokens * self._token
-        to, from_ = self._pitch(capacity), self._pitch(num_tokens)
-        if (to, from_) == (heads * capacity * self._token, heads * width):
+        """Copies the first tokens of one piece of memory behind the first `at` of another, later.
+
+        Args:
+            device: Where both are.
+            target: Address of the other.
+            target_tokens: For how many tokens it is laid out.
+            at: The tokens in it that stay.
+            source: Address of the one.
+            source_tokens: For how many tokens that is laid out.
+            num_tokens: How many are copied.
+        """
+        num_parts, heads = len(self.names), self._num_heads
+        rows_to, rows_from = target_tokens * self._token, source_tokens * self._token
+        to, from_ = self._pitch(target_tokens), self._pitch(source_tokens)
+        if (to, from_) == (heads * rows_to, heads * rows_from):
             # Nothing lies between the parts, so all their heads are rows of one copy.
             num_parts, heads = 1, num_parts * heads
-        cache += length * self._token
+        target += at * self._token
         for part in range(num_parts):
-            target, source = cache + part * to, rows + part * from_
-            device.copy_rows(target, capacity * self._token, source, width, width, heads)
+            places = (target + part * to, rows_to, source + part * from_, rows_from)
+            device.copy_rows(*places, num_tokens * self._token, heads)
 
     def _pitch(self, num_tokens: int) -> int:
         size = self._num_heads * num_tokens * self._token

@@ -84,6 +84,7 @@ def build_plans(
         on_stage: Called with a graph and what its builder is at.
 
     Raises:
+        IncompatibleError: A vision graph in dynamic int8.
         DataError, IncompatibleError, InternalError, StorageError, UnavailableError, UsageError:
             See `graphs.write_graph`, `profiles.graph_profiles` and `builder.build_plan`.
     """
@@ -93,6 +94,11 @@ def build_plans(
         options=task.options,
         graphs={},
     )
+    if "vision" in task.graphs and bundle.manifest.precision.vision == "int8":
+        raise IncompatibleError(
+            "vision: its linear layers are rounded by what each run brings, which TensorRT does "
+            "not do: export with --vision int8 --calibrate VIDEO..., or without --vision"
+        )
     with new_plans(bundle, record.name) as staging:
         plans = _kept(bundle.path / FOLDER / record.name, record, task.graphs, staging)
         for name in task.graphs:

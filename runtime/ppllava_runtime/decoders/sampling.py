@@ -1,15 +1,32 @@
-"""Picking the next id from logits."""
+"""Picking the next id from logits, among those that may come."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.errors import UsageError
+
+
+class Constraint(Protocol):
+    """What ids of one answer may come, given those that came; there is always one."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete, and nothing can follow."""
+        ...
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """(V,): the ids that may come next; one that ends an answer may where that is complete."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the id that came, one of those allowed."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""Questions one after the other: what each is asked with, and what the next one finds done."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppllava_engines.errors import InternalError, UsageError
+from ppllava_runtime.answer import Answer, Counts, Stopwatch
+from ppllava_runtime.asking import Asker, Options
+from ppllava_runtime.decoders import FinishReason
+from ppllava_runtime.memories import Watched
+from ppllava_runtime.memory import Memory
+from ppllava_runtime.prompt import Prompt
+from ppllava_runtime.stopping import StopStrings
+from ppllava_runtime.window import Window
+
+if TYPE_CHECKING:
+    from ppllava_runtime.assistant import Assistant
+
+Turns = Literal["re-pool", "keep"]
+TURNS: tuple[Turns, ...] = get_args(Turns)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was done to see something: frames decoded and encoded, and the time it took."""
+
+    num_decoded: int
+    num_encoded: int
+    stopwatch: Stopwatch
+
+
+class Video(Asker):
+    """A video, a picture or several that an assistant has looked at.
+
+    Attributes:
+        assistant: Who looked.
+        memory: What is kept of it.
+        info: About the file and the frames chosen from it.
+        unpaid: What watching cost, until the first answer pays for it.
+    """
+
+    def __init__(self, assistant: Assistant, watched: Watched, cost: Cost) -> None:
+        self.assistant = assistant
+        self.memory = watched.memory
+        self.info = watched.info
+        self.unpaid = cost
+
+    def answer(self, question: str | Prompt, options: Options) -> Answer:
+        """The answer to a question by itself; see `ask`."""
+        return self.converse().answer(question, options)
+
+    def converse(self, turns: Turns = "re-pool") -> Conversation:
+        """Questions one after the other, each asked behind those before it; see `Conversation`.
+
+        Args:
+            turns: "re-pool", where each question guides the pooling, or "keep", where the first
+                one's visual tokens stay.
+
+        Raises:
+            UsageError: Another word.
+        """
+        return Conversation(self, turns)
+
+    def pay(self, stopwatch: Stopwatch) -> None:
+        """Adds what is unpaid to an answer's time; from then on nothing is."""
+        stopwatch.spent |= self.unpaid.stopwatch.spent
+        self.unpaid = Cost(0, 0, Stopwatch())
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a question made of what was seen.
+
+    Attributes:
+        guide: The question, in words; empty when it was asked in ids.
+        window: By which was pooled.
+        splices: What goes into each place of the prompt, (n,D).
+        relevance: (T,h,w).
+    """
+
+    guide: str
+    window: Window
+    splices: list[NDArray[Any]]
+    relevance: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A question that was asked."""
+
+    question: str | Prompt
+    ids: tuple[int, ...]
+    answer: Answer
+
+
+class Conversation(Asker):
+    """Questions about what was seen, each asked behind the questions and answers before it.
+
+    Two ways to go on are offered:
+
+    - "re-pool": each question guides the pooling anew, so that the visual tokens are those that
+      matter to it. The text before them is not run again; they and all turns behind them are.
+    - "keep": the visual tokens and the relevance of the first question stay. Only what is new is
+      run, the end of the last answer and the question, unless the decoder answered others in
+      between; then all of it is, and ids of answers are rounded as part of a prompt.
+
+    An answer that was not read to its end when the next question is asked ends where it is: the
+    conversation goes on from what was read. Its ids stay as they were generated, and are not made
+    of its text again.
+
+    Args:
+        video: What was seen.
+        turns: "re-pool" or "keep".
+
+    Raises:
+        UsageError: Another word for `turns`.
+    """
+
+    def __init__(self, video: Video, turns: Turns = "re-pool") -> None:
+        if turns not in TURNS:
+            raise UsageError(f"turns is {turns!r}, expected one of {', '.join(TURNS)}")
+        self._video = video
+        # Where nothing was seen there is nothing to pool anew.
+        self._keeps = turns == "keep" or video.memory.record is None
+        self._turns: list[_Turn] = []
+        self._view: _View | None = None
+
+    def answer(self, question: str | Prompt, options: Options) -> Answer:
+        """The answer to one more question; see `ask`.
+
+        A question in ids that is not the first has no place for what was seen, and begins with the
+        token that ends the answer before it.
+
+        Raises:
+            UsageError: See `ask`; or another window than that of the first question, where its
+                visual tokens are kept.
+            IncompatibleError, UnavailableError: See `ask`.
+        """
+        video, assistant = self._video, self._video.assistant
+        memory, stopwatch = video.memory, Stopwatch()
+        decoder, stop = assistant.decoder, StopStrings(options.stop)
+        if assistant.bundle.manifest.tokenizers:
+            _ = assistant.prompts  # to load them takes time that is not the answer's
+        elif options.stop:
+            raise UsageError(
+                "stop: the bundle was exported without tokenizers, so there is no text to end: "
+                "leave it out, or export it again without --skip-tokenizer"
+            )
+        window = self._window(options)
+        view = self._view if self._keeps else None
+        with stopwatch.time("prefill"):
+            num_places = memory.num_places(window)
+            guides = view is None and memory.record is not None
+            prompt = self._prompt(question, num_places, first=not self._turns, guides=guides)
+            constraint = assistant.constraint(options.json_schema, options.regex)
+        if view is None:
+            splices, relevance = pooled(assistant, memory, question, prompt, window, stopwatch)
+            view = _View(_words(question), window, splices, relevance)
+        with stopwatch.time("prefill"):
+            parts = self._parts(prompt, view)
+        length = sum(map(len, parts))
+        if self._turns and length >= decoder.max_positions:
+            raise UsageError(
+                f"the conversation is {length} tokens long and the model holds "
+                f"{decoder.max_positions} with its answer: begin another one, or pool the video to "
+                "fewer tokens"
+            )
+        ids = decoder.generate(parts, options.max_new_tokens, options.sampling, constraint)
+        answer = self._answer(question, stop, view, ids, length, stopwatch)
+        if self._turns:
+            self._turns[-1].answer.close()
+        self._view = view
+        self._turns.append(_Turn(question, prompt.ids, answer))
+        return answer
+
+    def _window(self, options: Options) -> Window:
+        """The window of this question; where visual tokens are kept, it is theirs."""
+        memory = self._video.memory
+        if memory.record is None and options.has_window:
+            raise UsageError(
+                "num_tokens, kernel, stride: of no meaning where nothing was seen, leave them out"
+            )
+        if self._keeps and self._view is not None and not options.has_window:
+            return self._view.window
+        window = memory.window(
+            self._video.assistant.model, options.kernel, options.stride, options.num_tokens
+        )
+        if self._keeps and self._view is not None and window != self._view.window:
+            raise UsageError(
+                "the visual tokens of the first question are kept, so another window has no "
+                "meaning: leave it out, or converse with turns 're-pool'"
+            )
+        return window
+
+    def _prompt(
+        self, question: str | Prompt, num_places: int, *, first: bool, guides: bool
+    ) -> Prompt:
+        """The question's ids; the first has so many places for visual tokens."""
+        assistant = self._video.assistant
+        if isinstance(question, str):
+            builder = assistant.prompts
+            return builder.build(question, num_places) if first else builder.build_next(question)
+        places = num_places if first else 0
+        question.check(assistant.bundle.manifest, places, guides=guides)
+        return question
+
+    def _parts(self, prompt: Prompt, view: _View) -> list[NDArray[Any]]:
+        """The embeddings of the whole prompt, in the pieces of which later turns share some."""
+        assistant = self._video.assistant
+        decoder, place = assistant.decoder, assistant.model.image_token_index
+        opening = prompt
+        later: list[tuple[int, ...]] = []
+        if self._turns:
+            # Another window may take another number of places.
+            num_places = self._video.memory.num_places(view.window)
+            first = self._turns[0].question
+            opening = self._prompt(first, num_places, first=True, guides=False)
+            ends = [*(turn.ids for turn in self._turns[1:]), prompt.ids]
+            later = [
+                (*turn.answer.ids_so_far, *ids) for turn, ids in zip(self._turns, ends, strict=True)
+            ]
+        before, *others = opening.parts(place)
+        seen = []
+        for splice, after in zip(view.splices, others, strict=True):
+            words = decoder.embed(after)
+            seen += [splice.astype(words.dtype, copy=False), words]
+        turns = [decoder.embed(ids) for ids in later]
+        groups = [[decoder.embed(before)], seen, *([turn] for turn in turns)]
+        if not self._keeps:
+            groups = [groups[0], [*seen, *turns]]
+        return [np.concatenate(group) for group in groups if any(map(len, group))]
+
+    def _answer(
+        self,
+        question: str | Prompt,
+        stop: StopStrings,
+        view: _View,
+        ids: Generator[int, None, FinishReason],
+        length: int,
+        stopwatch: Stopwatch,
+    ) -> Answer:
+        video, assistant = self._video, self._video.assistant
+        counts = Counts(
+            num_frames_decoded=video.unpaid.num_decoded,
+            num_frames_encoded=video.unpaid.num_encoded,
+            num_tokens_after=sum(map(len, view.splices)),
+            num_prompt_tokens=length,
+        )
+        has_text = bool(assistant.bundle.manifest.tokenizers)
+        answer = Answer(
+            _words(question),
+            view.guide,
+            view.relevance,
+            video.memory,
+            ids,
+            assistant.prompts.stream() if has_text else None,
+            counts,
+            stopwatch,
+            stop,
+        )
+        video.pay(stopwatch)
+        return answer
+
+
+def _words(question: str | Prompt) -> str:
+    return question if isinstance(question, str) else ""
+
+
+def pooled(
+    assistant: Assistant,
+    memory: Memory,
+    question: str | Prompt,
+    prompt: Prompt,
+    window: Window,
+    stopwatch: Stopwatch,
+) -> tuple[list[NDArray[Any]], NDArray[np.float32]]:
+    """What goes into each place of the prompt, (n,D); and the relevance (T,h,w)."""
+    if memory.record is None:
+        return [], np.empty(memory.size, np.float32)
+    text, pool, weigh = assistant.text, assistant.pool, assistant.weigh
+    with stopwatch.time("text"):
+        try:
+            text_embed = text.run({"input_ids": prompt.text_ids})["text_embed"]
+        except InternalError as error:
+            if isinstance(question, str):
+                raise
+            # The graph alone knows how many ids there are.
+            raise UsageError(
+                f"the prompt's text_ids go up to {prompt.text_ids.max()} and the text graph does "
+                f"not take them, expected its tokenizer's: {error}"
+            ) from error
+    with stopwatch.time("pool"):
+        found, relevance = memory.record.pool(text_embed, window, pool, weigh)
+        splices = memory.splices(found, window, assistant.newline)
+    return splices, relevance
