@@ -141,7 +141,7 @@ def ours(name: str, load: Callable[[], LlamaForCausalLM], threads: int) -> Itera
         folder = made(_BUILT / name / (kind or _FP32), recipe, make)
         spec = DecoderSpec(**json.loads((folder / "spec.json").read_text(encoding="utf-8")))
         table = np.load(folder / spec.embedding, mmap_mode="r")
-        step = open_session(folder / spec.path, threads)
+        step = open_session(folder / spec.path, threads, awake=True)
         sessions: dict[str, Any] = {}
         if name == "smollm2":
             sessions[kind or _FP32] = None
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--runs", type=int, help="3 of smollm2, 2 of slice unless given")
-    parser.add_argument("--perplexity-tokens", type=int, default=640)
+    parser.add_argument("--perplexity-tokens", type=int, default=786)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     is_whole = options.model == "smollm2"

@@ -168,9 +168,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in model.state_dict().items():
         value = tensor.float() if tensor.dim() == 1 else tensor
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)) + ".weight", value.numpy()
-        )
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

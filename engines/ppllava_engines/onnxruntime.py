@@ -35,7 +35,7 @@ _FATAL_ONLY = 4  # failures reach the caller as exceptions; ORT need not print t
 
 
 def open_session(
-    path: Path, threads: int | None = None, *, lean: bool = False
+    path: Path, threads: int | None = None, *, lean: bool = False, awake: bool = False
 ) -> ort.InferenceSession:
     """An ONNX Runtime session for the graph at `path`, on the CPU.
 
@@ -49,6 +49,8 @@ def open_session(
         lean: Whether the weights stay mapped from their file, and memory goes back as soon as it
             is free. The graph runs as it is written: slower, and in exact float arithmetic where
             it is quantized.
+        awake: Whether threads spin while they wait for their next operator, within a run only: for
+            graphs of many short operators.
 
     Raises:
         DataError: The file is not a graph that ORT can load.
@@ -64,9 +66,11 @@ def open_session(
     options.intra_op_num_threads = num_threads
     # By default idle threads spin, and those of several sessions then spin against each other and
     # against the video decoder: 2 to 3 times slower steps once a core is busy. ORT's process-wide
-    # pool cures the first but cannot be told from Python not to spin. Without spinning an idle
-    # machine loses some 5 % of a step at width 1024, or 0.05 ms of a tiny model's.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # pool cures the first but cannot be told from Python not to spin. So threads sleep between
+    # runs, and within one too, unless its operators are as short as waking up takes: a step of
+    # SmolLM2 takes 7.0 ms awake and 9.6 asleep (with one of two cores busy 14.3 and 11.4).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if awake else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # at the end of a run
     if lean:
         # Optimised weights and packed ones are copies of those in the file.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

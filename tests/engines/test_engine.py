@@ -217,6 +217,14 @@ def test_int8_products_do_not_saturate(tmp_path: Path) -> None:
         np.testing.assert_allclose(got, exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("awake", [False, True])
+def test_threads_sleep_between_runs(tmp_path: Path, awake: bool) -> None:
+    session = open_session(write_graph(tmp_path / "scale.onnx", scale_spec()), awake=awake)
+    said = session.get_session_options().get_session_config_entry
+    assert said("session.force_spinning_stop") == "1"
+    assert said("session.intra_op.allow_spinning") == str(int(awake))
+
+
 def test_a_lean_engine_computes_the_same(tmp_path: Path) -> None:
     spec = scale_spec()
     path = write_graph(tmp_path / "scale.onnx", spec)

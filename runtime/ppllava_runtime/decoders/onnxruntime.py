@@ -49,7 +49,7 @@ class OnnxRuntimeDecoder(CachingDecoder):
         spec = bundle.manifest.decoder
         shape = (spec.vocab_size, spec.width)
         table = load_array(bundle.file(spec.embedding), spec.dtype, shape)
-        step = open_session(bundle.file(spec.path), threads)
+        step = open_session(bundle.file(spec.path), threads, awake=True)
         prefill = open_session(bundle.file(spec.prefill), threads) if spec.prefill else None
         return OnnxRuntimeDecoder(step, prefill, table, spec)
 
