@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +22,7 @@ from ppllava_engines.errors import DataError, InternalError
 
 from .int8_weights import LEVELS, column_steps, round_columns
 from .linear_layers import (
+    Array,
     constant,
     divide_norm,
     even_factors,
@@ -35,8 +35,6 @@ from .linear_layers import (
     shape,
     tensor,
 )
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # Chosen on DINOv2-S, whose 72 linear layers saw 24 frames of real videos; measured on 12 others, as
 # the cosine of its features with torch's in fp32, and the least of a single token's:
