@@ -3,6 +3,7 @@
 PPLLaVAError                70
 ├── UsageError               2   a wrong option, argument or call
 ├── DataError               65   bad data: a video, a checkpoint, a bundle, an array
+│   └── MediaError          65   a video or picture that breaks a limit, or broke its decoder
 ├── NotFoundError           66   a file or folder that is not there
 ├── UnavailableError        69   a missing package or device; names the pip command
 ├── InternalError           70   a promise that this code itself broke
@@ -45,6 +46,10 @@ class DataError(PPLLaVAError):
     """Bad data: a video, a checkpoint, a bundle or an array that is not what it must be."""
 
     exit_code = 65
+
+
+class MediaError(DataError):
+    """A video or a picture that breaks a limit, or that broke the process that decoded it."""
 
 
 class NotFoundError(PPLLaVAError):
