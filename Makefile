@@ -2,6 +2,7 @@
 # make test   lint, types and every test
 # make lint   the first two of these
 # make fire   an export that is killed, or runs out of disk, at every single write: some 20 minutes
+# make fuzz   20,000 damaged videos and pictures, where `make test` has 560: some 10 minutes
 # make tensorrt-tools   TensorRT's headers, libraries and bindings that tests without a GPU use
 # make verify-tensorrt  what of TensorRT is too slow for `make test`: some 25 minutes, 24 GB of disk
 # make bench-peers  .venv-peers: this package and what benchmarks measure it against
@@ -25,14 +26,16 @@ TOOLS := headers nvrtc-12.6 cuda-13 lean-10.16 lean-11.4 bindings-10.3 bindings-
 NATIVE := CMakeLists.txt $(wildcard engines/ops/*)
 SOURCES := engines export runtime examples benchmarks tests
 
-.PHONY: demo test lint fire tensorrt-tools verify-tensorrt bench-peers clean
+.PHONY: demo test lint fire fuzz tensorrt-tools verify-tensorrt bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" examples/tiny_world/demo.sh
 
+# Two files at a time whatever the machine, as torch and ONNX Runtime take all cores by themselves;
+# in their own order, in which the longest do not come last.
 test: lint tensorrt-tools
-	PATH="$(abspath $(BIN)):$$PATH" pytest
+	PATH="$(abspath $(BIN)):$$PATH" pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
@@ -41,6 +44,9 @@ lint: $(VENV)/.test
 
 fire: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/under_fire.py
+
+fuzz: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/mutations.py --count 20000
 
 tensorrt-tools: $(TOOLS:%=$(VENV)/tensorrt/%)
 

@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks.timing import machine, peak_megabytes
 from numpy.typing import NDArray
 
-from ppllava_runtime.video import ChosenFrames, choose_frames
+from ppllava_runtime.video import ChosenFrames, Sample, choose_frames
 
 _FOLDER = Path(__file__).resolve().parents[1] / "build" / "long_video"
 _WIDTH, _HEIGHT, _FPS = 1920, 1080, 25
@@ -44,7 +44,7 @@ Frames = Iterable[NDArray[np.uint8]]
 
 
 def _ours(path: str, indices: Sequence[int], alone: bool = True) -> Frames:
-    chosen = ChosenFrames(Path(path), len(indices), alone=alone, left=Event())
+    chosen = ChosenFrames(Path(path), Sample(len(indices)), alone=alone, left=Event())
     for _, frame in chosen:
         yield frame
     if chosen.info.indices != tuple(indices):

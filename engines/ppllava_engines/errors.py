@@ -3,7 +3,7 @@
 PPLLaVAError                70
 ├── UsageError               2   a wrong option, argument or call
 ├── DataError               65   bad data: a video, a checkpoint, a bundle, an array
-│   └── MediaError          65   a video or picture that breaks a limit, or broke its decoder
+│   └── MediaError          65   a stranger's video or picture: damaged, or it breaks a limit
 ├── NotFoundError           66   a file or folder that is not there
 ├── UnavailableError        69   a missing package or device; names the pip command
 ├── InternalError           70   a promise that this code itself broke
@@ -49,7 +49,7 @@ class DataError(PPLLaVAError):
 
 
 class MediaError(DataError):
-    """A video or a picture that breaks a limit, or that broke the process that decoded it."""
+    """A video or a picture from a stranger that is damaged, breaks a limit or broke its decoder."""
 
 
 class NotFoundError(PPLLaVAError):

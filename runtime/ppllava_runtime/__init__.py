@@ -9,11 +9,12 @@
 bundle without tokenizers is asked with a `Prompt` of ids, and `Answer.ids` are what it answers.
 
 `Video.converse` asks one question behind the other. An `Assistant` keeps of a video what its
-`memory` says, and in a `MemoryStore` those that may come again.
+`memory` says, and in a `MemoryStore` those that may come again. Several threads may use one: its
+`lane` lets them to the device in turn.
 
-The way of one video: `watching.watch_clip` → `recorder.Recorder` → `memory.Memory`; of one
-question: `asking` → `prompt` → text and pool engines → `decoders` → text. `conversation` ties
-these together, `assistant` both.
+The way of one video: a `watching.Opener`, in this process that of `local` → `watching.watch_clip`
+→ `recorder.Recorder` → `memory.Memory`; of one question: `asking` → `prompt` → text and pool
+engines → `decoders` → text. `conversation` ties these together, `assistant` both.
 """
 
 from __future__ import annotations

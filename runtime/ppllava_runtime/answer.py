@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,9 @@ Stage = Literal["decode", "preprocess", "vision", "text", "pool", "prefill", "ge
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """Time spent per stage; loading graphs is not in it, nor is the time the caller takes.
+    """Time spent per stage, which may wait for others on its device.
+
+    Loading graphs is not in it, nor is the time the caller takes.
 
     Attributes:
         decode, preprocess, vision: Reading the file to encoding the frames; 0 from the second
@@ -111,8 +114,8 @@ class Counts:
 class Answer:
     """Iterating gives pieces of text, each computed when it is asked for.
 
-    It may be left half-way, resumed, or iterated again from the start. One that failed fails again
-    wherever more of it is read, until it is closed.
+    It may be left half-way, resumed, or iterated again from the start, by several threads too. One
+    that failed fails again wherever more of it is read, until it is closed.
 
     Attributes:
         question: What was asked; empty when it was asked in ids.
@@ -157,6 +160,8 @@ class Answer:
         self._ids: list[int] = []
         self._finish_reason: FinishReason | None = None
         self._failure: Exception | None = None
+        self._reading = Lock()
+        self._left = False
 
     def __iter__(self) -> Iterator[str]:
         if self._stream is None:
@@ -227,6 +232,26 @@ class Answer:
             milliseconds=self._stopwatch.read(),
         )
 
+    @property
+    def timestamps(self) -> NDArray[np.float64]:
+        """(T,), seconds of the frames since the first one of the file; 0 of pictures."""
+        return self._memory.timestamps
+
+    @property
+    def thumbnails(self) -> tuple[NDArray[np.uint8], ...]:
+        """The frames or pictures (H,W,3) uint8 RGB that were looked at, small."""
+        return self._memory.thumbnails
+
+    def curve(self) -> list[float]:
+        """The mean relevance of each thumbnail, in [-1,1]."""
+        return [float(found.mean()) for found in self._memory.maps(self.relevance)]
+
+    def overlays(self) -> list[bytes]:
+        """The relevance over each thumbnail, a PNG to be stretched over it; see `each_overlay`."""
+        from ppllava_runtime.heatmap import each_overlay
+
+        return each_overlay(self._memory.maps(self.relevance))
+
     def save_heatmap(self, path: str | Path) -> None:
         """Writes the relevance over what was seen, with `guide`; see `heatmap.write_heatmap`.
 
@@ -243,23 +268,40 @@ class Answer:
         write_heatmap(path, memory.thumbnails, memory.captions, maps, self.guide)
 
     def close(self) -> None:
-        """Ends the answer where it is and frees what generating holds."""
-        self._coming.close()
-        self._failure = None
+        """Ends the answer where it is and frees what generating holds.
+
+        While another thread reads it, that is after the id being computed; it is not waited for.
+        """
+        self._left = True
+        if self._reading.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._reading.release()
 
     def _advance(self) -> bool:
         """Whether one more id was generated, or the last piece of text found."""
-        if self._failure is not None:
-            raise self._failure
-        if self._finish_reason is not None:
-            return False
-        try:
-            self._generate()
-        except Exception as error:
-            # What generates is at its end now, and would pass for an answer that is at its own.
-            self._failure = error
-            raise
-        return True
+        with self._reading:
+            if self._left:
+                self._end()
+            if self._failure is not None:
+                raise self._failure
+            if self._finish_reason is not None:
+                return False
+            try:
+                self._generate()
+            except Exception as error:
+                # What generates is at its end now, and would pass for an answer at its own.
+                self._failure = error
+                raise
+            finally:
+                if self._left:
+                    self._end()
+            return True
+
+    def _end(self) -> None:
+        self._coming.close()
+        self._failure = None
 
     def _generate(self) -> None:
         """One more id, or the last piece of text."""

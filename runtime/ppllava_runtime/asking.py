@@ -74,8 +74,9 @@ class Asker(ABC):
         """The answer, of which `relevance` is there at once and the text comes by iterating.
 
         Args:
-            question: In one's own words; or its ids, which is what a bundle without tokenizers
-                takes.
+            question: In one's own words, in which a token reserved for the template is no command:
+                "<image>" is read as "< image>". Or its ids, which is what a bundle without
+                tokenizers takes.
             num_tokens: The most visual tokens in the prompt; see `window.window_within`.
             kernel: Instead of it, the pooling window over (frames, rows, columns); without any of
                 the three it is the model's own.
@@ -90,7 +91,7 @@ class Asker(ABC):
             regex: Or the regular expression that it matches.
 
         Raises:
-            UsageError: A question that is empty, no text or holds a reserved token, ids without a
+            UsageError: A question that is empty, no text or becomes a reserved token, ids without a
                 place for what was seen, a window that does not fit or where nothing was seen, a
                 prompt longer than the decoder takes, a sampling value out of range, stop strings
                 that are none, or a schema or an expression that is none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from dataclasses import astuple
 from operator import index
 from os import PathLike
 from pathlib import Path
@@ -20,23 +20,30 @@ from ppllava_runtime.answer import Answer, Stopwatch
 from ppllava_runtime.arrays import load_array
 from ppllava_runtime.asking import Asker, Options, Schema
 from ppllava_runtime.constraint import Grammars
-from ppllava_runtime.conversation import (
-    Conversation,
-    Cost,
-    Turns,
-    Video,
-)
+from ppllava_runtime.conversation import Conversation, Cost, Turns, Video
 from ppllava_runtime.decoders import Constraint, Decoder
+from ppllava_runtime.lane import Lane, LanedEngine, LoadedOnce
+from ppllava_runtime.local import LOCAL
 from ppllava_runtime.memories import MemoryStore, Source, Watched
 from ppllava_runtime.memory import Kind, Memory
 from ppllava_runtime.prompt import Prompt, PromptBuilder
 from ppllava_runtime.recorder import Record, Recorder
-from ppllava_runtime.video import ClipInfo, each_picture, read_still
-from ppllava_runtime.watching import Progress, Seen, watch_clip, watch_pictures
+from ppllava_runtime.video import ClipInfo, Sample, check_file, each_picture
+from ppllava_runtime.watching import (
+    ClipFrames,
+    Opener,
+    PictureFrames,
+    Progress,
+    Seen,
+    watch_clip,
+    watch_pictures,
+)
 
 
 class Assistant(Asker):
     """A model, ready to watch videos. Its graphs are loaded when they are first needed.
+
+    Several threads may use one: on its device they take turns, run by run, in the order of asking.
 
     Args:
         bundle: The exported model.
@@ -46,6 +53,10 @@ class Assistant(Asker):
             begins.
         store: Where to keep what was watched, so that the same is not watched again; several
             assistants may share one.
+        decoding: Reads the files; LOCAL does it here, which is for those that one trusts.
+
+    Attributes:
+        lane: In which whatever uses the device does so.
 
     Raises:
         IncompatibleError: A bundle without the graphs for such a memory.
@@ -59,6 +70,7 @@ class Assistant(Asker):
         device: str = "cpu",
         memory: MemoryKind = "hidden",
         store: MemoryStore | None = None,
+        decoding: Opener = LOCAL,
     ) -> None:
         if device not in DEVICES:
             raise UsageError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
@@ -68,6 +80,8 @@ class Assistant(Asker):
         self.device = device
         self.layout = MemoryLayout.of(bundle.manifest, memory, device)
         self.store = store
+        self.decoding = decoding
+        self.lane = Lane()
 
     @staticmethod
     def open(
@@ -76,6 +90,7 @@ class Assistant(Asker):
         device: str = "cpu",
         memory: MemoryKind = "hidden",
         store: MemoryStore | None = None,
+        decoding: Opener = LOCAL,
     ) -> Assistant:
         """The assistant for the bundle in the folder `path`.
 
@@ -83,7 +98,7 @@ class Assistant(Asker):
             DataError, IncompatibleError, NotFoundError: See `Bundle.open`.
             UsageError: A device that is not known, or a memory that it or the bundle has not.
         """
-        return Assistant(Bundle.open(path), threads, device, memory, store)
+        return Assistant(Bundle.open(path), threads, device, memory, store, decoding)
 
     def load(self) -> Assistant:
         """This assistant, with all of its bundle opened: from then on the folder may change.
@@ -107,15 +122,22 @@ class Assistant(Asker):
         start: float | None = None,
         end: float | None = None,
         progress: Progress | None = None,
+        *,
+        fps: float | None = None,
+        owner: str = "",
     ) -> Video:
         """The video (or picture) in a file, looked at once and remembered for all questions.
 
         Args:
             path: The file.
-            num_frames: Frames of a video to look at; None is what the model was trained with.
+            num_frames: Frames of a video to look at; None is what the model was trained with. With
+                `fps` it is the most.
             start: First second of a video to look at; None is the first frame.
             end: Last second of a video to look at; None is the last frame.
-            progress: Called with the number of frames encoded so far and of all.
+            progress: Called with the number of frames encoded so far and of all; what it raises
+                ends the watching.
+            fps: Instead of a number of frames, so many per second, as far as the model takes them.
+            owner: For whom; what was seen for others is not found in the store.
 
         Raises:
             UsageError: More frames than the model takes, a span outside the video, or any of these
@@ -123,45 +145,55 @@ class Assistant(Asker):
             DataError, NotFoundError, StorageError, UnavailableError: See `video.read_clip`.
         """
         path, stopwatch = Path(path), Stopwatch()
-        asked = {"frames": num_frames, "start": start, "end": end}
+        asked = {"frames": num_frames, "fps": fps, "start": start, "end": end}
         given = [name for name, value in asked.items() if value is not None]
         # NumPy's numbers are numbers too.
-        num_frames = self._default_frames if num_frames is None else index(num_frames)
-        start, end = (None if second is None else float(second) for second in (start, end))
-        self._check_at_most("frames", num_frames)
+        count = None if num_frames is None else index(num_frames)
+        rate, begin, stop = (None if v is None else float(v) for v in (fps, start, end))
+        if count is None and rate is None:
+            count = self._default_frames
+        if count is not None:
+            self._check_at_most("frames", count)
+        sample = Sample(count, rate, begin, stop, None if rate is None else self.max_frames)
 
         def see() -> tuple[Kind, Seen[Record]]:
             with stopwatch.time("decode"):
-                still = read_still(path)
+                check_file(path)
+                still = self.decoding.still(path)
             if still is None:
-                return "video", watch_clip(
-                    path,
-                    num_frames,
-                    start,
-                    end,
-                    recorder_of=self._recorder,
-                    model=self.model,
-                    stopwatch=stopwatch,
-                    progress=progress,
-                )
+                frames = self.decoding.clip(path, sample, self.model.image_size)
+                return "video", self._watch(frames, stopwatch, progress)
             _refuse_for_picture(path, given)
             return "image", self._look_at([still], 1, stopwatch, progress)
 
-        source = Source([path], (num_frames, start, end), self._seer)
+        source = Source([path], astuple(sample), self._seer, owner)
         video = self._remember(source, see, stopwatch)
         if video.memory.kind == "image":
             _refuse_for_picture(path, given)
         return video
 
-    def look(self, paths: Sequence[str | Path], progress: Progress | None = None) -> Video:
+    def look(
+        self,
+        paths: Sequence[str | Path],
+        progress: Progress | None = None,
+        *,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        owner: str = "",
+    ) -> Video:
         """Several pictures, looked at together and remembered; one is seen as `watch` sees it.
 
         Args:
             paths: Their files.
-            progress: Called with the number of pictures encoded so far and of all.
+            progress: Called with the number of pictures encoded so far and of all; what it raises
+                ends the looking.
+            fps: Makes them the frames of a video: so many are a second.
+            num_frames: Frames of that video to look at; None is all that the model takes.
+            owner: See `watch`.
 
         Raises:
-            UsageError: No picture, more than the model takes, or one path that is in no list.
+            UsageError: No picture, more than the model takes, or one path that is in no list;
+                `num_frames` of pictures that are no video, or an `fps` that is none.
             DataError, NotFoundError, StorageError: See `video.each_picture`.
         """
         stopwatch = Stopwatch()
@@ -169,50 +201,72 @@ class Assistant(Asker):
             raise UsageError(f"look takes a list of paths, got {str(paths)!r}: put it in a list")
         if not paths:
             raise UsageError("there is no picture to look at")
-        self._check_at_most("the number of pictures", len(paths))
+        if fps is None and num_frames is not None:
+            raise UsageError("frames: of no meaning for pictures without fps, leave it out")
+        # One picture is what `watch` makes of it, which takes no other numbers for a picture.
+        sample = Sample(self._default_frames)
+        if fps is None:
+            self._check_at_most("the number of pictures", len(paths))
+        else:
+            fps = Sample(fps=float(fps)).fps
+            count = None if num_frames is None else index(num_frames)
+            self._check_at_most("frames", count or 0)
+            sample = Sample(count, most=self.max_frames)
         files = [Path(path) for path in paths]
 
         def see() -> tuple[Kind, Seen[Record]]:
+            still = self.decoding.still
+            if fps is not None:
+                frames = PictureFrames(files, sample, fps, self.model.image_size, still)
+                return "video", self._watch(frames, stopwatch, progress)
             kind: Kind = "image" if len(files) == 1 else "images"
-            return kind, self._look_at(each_picture(files), len(files), stopwatch, progress)
+            pictures = each_picture(files, still)
+            return kind, self._look_at(pictures, len(files), stopwatch, progress)
 
-        # One picture is what `watch` makes of it, which takes no other numbers for a picture.
-        source = Source(files, (self._default_frames, None, None), self._seer)
+        of_frames = () if fps is None else (fps,)
+        source = Source(files, (*astuple(sample), *of_frames), self._seer, owner)
         video = self._remember(source, see, stopwatch)
-        if video.memory.kind == "video":
+        if fps is None and video.memory.kind == "video":
             raise DataError(f"image {files[0]}: not an image, give a video alone")
         return video
+
+    def recall(self, key: str) -> Video | None:
+        """What was seen before under this `Video.key`, if it is still in the store."""
+        watched = None if self.store is None else self.store.get(key)
+        if watched is None or watched.seer != self._seer:
+            return None
+        return Video(self, watched, Cost(0, 0, Stopwatch()), key)
 
     def answer(self, question: str | Prompt, options: Options) -> Answer:
         """The answer to a question about nothing to be seen; see `ask`."""
         return self.converse().answer(question, options)
 
-    def converse(self, turns: Turns = "re-pool") -> Conversation:
-        """Questions one after the other about nothing to be seen; see `Conversation`."""
+    def converse(self, turns: Turns = "re-pool", preface: str = "") -> Conversation:
+        """Questions one after the other about nothing to be seen; see `Video.converse`."""
         nothing = Watched(Memory.of_nothing(self.model), ClipInfo.of_stills(0))
-        return Video(self, nothing, Cost(0, 0, Stopwatch())).converse(turns)
+        return Video(self, nothing, Cost(0, 0, Stopwatch())).converse(turns, preface)
 
-    @cached_property
+    @LoadedOnce
     def vision(self) -> Engine:
         """pixel_values → what the layout keeps."""
         return self._engine(self.layout.vision)
 
-    @cached_property
+    @LoadedOnce
     def text(self) -> Engine:
         """input_ids → text_embed."""
         return self._engine("text")
 
-    @cached_property
+    @LoadedOnce
     def pool(self) -> Engine:
         """What the layout keeps, text_embed, kernel, stride → pooled, relevance."""
         return self._engine(self.layout.pool)
 
-    @cached_property
+    @LoadedOnce
     def weigh(self) -> Engine | None:
         """tokens, norms, text_embed → relevance, weights; None where `pool` does it all."""
         return self._engine(self.layout.weigh) if self.layout.weigh else None
 
-    @cached_property
+    @LoadedOnce
     def newline(self) -> NDArray[Any] | None:
         """(D,), the embedding that ends a row of a picture; None where the model has none."""
         name, graphs = self.bundle.manifest.image_newline, self.bundle.manifest.graphs
@@ -221,23 +275,23 @@ class Assistant(Asker):
         dtype = next(spec.dtype for spec in graphs["pool"].outputs if spec.name == "pooled")
         return load_array(self.bundle.file(name), dtype, (self.model.decoder_width,))
 
-    @cached_property
+    @LoadedOnce
     def decoder(self) -> Decoder:
         """Parts of a prompt → ids."""
         if self.device == "tensorrt":
             from ppllava_runtime.decoders.tensorrt import TensorRTDecoder
 
-            return TensorRTDecoder(self.bundle)
+            return TensorRTDecoder(self.bundle, self.lane)
         from ppllava_runtime.decoders.onnxruntime import OnnxRuntimeDecoder
 
-        return OnnxRuntimeDecoder.open(self.bundle, self.threads)
+        return OnnxRuntimeDecoder.open(self.bundle, self.threads, self.lane)
 
-    @cached_property
+    @LoadedOnce
     def prompts(self) -> PromptBuilder:
         """Question → ids, ids → text."""
         return PromptBuilder.open(self.bundle)
 
-    @cached_property
+    @LoadedOnce
     def grammars(self) -> Grammars:
         """Schemas and expressions → constraints of answers."""
         manifest = self.bundle.manifest
@@ -253,18 +307,24 @@ class Assistant(Asker):
             return None
         return self.grammars.constraint(json_schema, regex)
 
-    @cached_property
+    @property
     def max_frames(self) -> int:
         """The most frames of a video, or pictures: of the model and of the plans there are."""
         most = self.model.max_frames
         return min(most, self.pool.limits["T"]) if self.device == "tensorrt" else most
+
+    def recorder(self, num_rows: int, coupled: bool) -> Recorder:
+        """What stores so many rows of what the tower makes of frames, which may see each other."""
+        manifest = self.bundle.manifest
+        return Recorder(self.vision, self.layout, manifest, num_rows, coupled, self.lane)
 
     @property
     def _default_frames(self) -> int:
         return min(self.model.default_frames, self.max_frames)
 
     def _engine(self, name: str) -> Engine:
-        return self.bundle.engine(name, device=self.device, threads=self.threads)
+        engine = self.bundle.engine(name, device=self.device, threads=self.threads)
+        return LanedEngine(engine, self.lane)
 
     @property
     def _seer(self) -> tuple[str, ...]:
@@ -282,9 +342,16 @@ class Assistant(Asker):
                 f"{self.max_frames}: run ppllava-build with more --frames"
             )
 
-    def _recorder(self, num_rows: int, coupled: bool) -> Recorder:
-        manifest = self.bundle.manifest
-        return Recorder(self.vision, self.layout, manifest, num_rows, coupled)
+    def _watch(
+        self, frames: ClipFrames, stopwatch: Stopwatch, progress: Progress | None
+    ) -> Seen[Record]:
+        return watch_clip(
+            frames,
+            recorder_of=self.recorder,
+            model=self.model,
+            stopwatch=stopwatch,
+            progress=progress,
+        )
 
     def _look_at(
         self,
@@ -296,7 +363,7 @@ class Assistant(Asker):
         return watch_pictures(
             pictures,
             count,
-            recorder_of=self._recorder,
+            recorder_of=self.recorder,
             model=self.model,
             stopwatch=stopwatch,
             tiled=self.newline is not None,
@@ -312,16 +379,17 @@ class Assistant(Asker):
             with stopwatch.time("decode"):
                 key = source.key()
             if key is not None and (watched := store.get(key)) is not None:
-                return Video(self, watched.of(source.paths), Cost(0, 0, stopwatch))
+                return Video(self, watched.of(source.paths), Cost(0, 0, stopwatch), key)
         kind, seen = see()
         info, thumbnails = seen.info, seen.thumbnails
         memory = Memory(
             kind, seen.arrays, self.model.grid, info.timestamps, thumbnails, seen.tiling
         )
-        watched = Watched(memory, info, source.paths)
-        if store is not None and key is not None and source.is_unchanged():
+        watched = Watched(memory, info, source.paths, self._seer)
+        key = key if source.is_unchanged() else None
+        if store is not None and key is not None:
             store.put(key, watched)
-        return Video(self, watched, Cost(info.num_decoded, seen.num_encoded, stopwatch))
+        return Video(self, watched, Cost(info.num_decoded, seen.num_encoded, stopwatch), key)
 
 
 def _refuse_for_picture(path: Path, given: Sequence[str]) -> None:

@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         PPLLaVAError: Any failure, except of one question among several.
     """
-    # Intermixed, so that the question may follow options.
-    options = _parser().parse_intermixed_args(argv)
+    options = _parsed(argv)
     _check_together(options)
     files = [] if options.video is None else [options.video, *options.image]
+    sees = bool(files) or options.video_input is not None
     if options.heatmap:
-        _check_heatmap(options.heatmap, files)
+        _check_heatmap(options.heatmap, files, sees)
     schema = options.json_schema and _read(options.json_schema)
     # All of the bundle now: it may be replaced while a person types.
     assistant = Assistant.open(
@@ -76,6 +76,9 @@ def main(argv: Sequence[str]) -> None:
         regex=options.regex,
     )
     assistant.constraint(asked.json_schema, asked.regex)
+    if options.video_input is not None:
+        _watch_live(assistant, asked, options)
+        return
     seen = _watch(assistant, files, options) if files else assistant
     info = seen.info if isinstance(seen, Video) else ClipInfo.of_stills(0)
     if info.damage:
@@ -86,36 +89,83 @@ def main(argv: Sequence[str]) -> None:
     if options.question is not None:
         show(ask(options.question))
         return
-    _converse(ask, show, files, options)
+    _converse(ask, show, files, sees, options)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; where a source is given, the question comes in the place of VIDEO."""
+    parser = _parser()
+    # Intermixed, so that the question may follow options.
+    options = parser.parse_intermixed_args(argv)
+    if options.video_input is not None:
+        if options.question is not None:
+            parser.error("--video-input is looked at instead of VIDEO: leave that out")
+        options.video, options.question = None, options.video
+    elif options.video is None:
+        parser.error("the following arguments are required: VIDEO (or --video-input)")
+    else:
+        options.video = None if options.video == "-" else Path(options.video)
+    return options
 
 
 def _check_together(options: argparse.Namespace) -> None:
     """Refuses options that say something about what will not be looked at."""
+    if options.video_input is not None:
+        _refuse(options, "frames", "fps", "start", "end", "turns", why="for what goes on")
+        if options.image:
+            raise UsageError("--image: of no meaning for what goes on, leave it out")
+        return
+    _refuse(options, "window", "rate", why="without --video-input")
     if options.video is None and options.image:
         raise UsageError("--image adds to a first picture: give that one instead of -")
     idle: list[str] = []
     if options.video is None or options.image:
-        idle += ["frames", "start", "end"]
+        idle += ["frames", "fps", "start", "end"]
     if options.video is None:
         idle += ["tokens", "kernel", "stride", "heatmap", "memory"]
-    given = [f"--{name}" for name in idle if getattr(options, name) is not None]
+    _refuse(options, *idle, why="without a video" if options.video is None else "for pictures")
+
+
+def _refuse(options: argparse.Namespace, *names: str, why: str) -> None:
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
     if given:
-        raise UsageError(
-            f"{', '.join(given)}: of no meaning "
-            f"{'without a video' if options.video is None else 'for pictures'}, leave it out"
-        )
+        raise UsageError(f"{', '.join(given)}: of no meaning {why}, leave it out")
 
 
 def _watch(assistant: Assistant, files: Sequence[Path], options: argparse.Namespace) -> Video:
     if len(files) > 1:
         return assistant.look(files, _progress())
-    return assistant.watch(files[0], options.frames, options.start, options.end, _progress())
+    span = (options.start, options.end)
+    return assistant.watch(files[0], options.frames, *span, _progress(), fps=options.fps)
+
+
+def _watch_live(assistant: Assistant, asked: Options, options: argparse.Namespace) -> None:
+    """Answers about what a source shows, as the window is when each question comes."""
+    from ppllava_runtime.chat_live import LiveChat
+
+    with LiveChat(assistant, options.video_input, options.window, options.rate) as watched:
+
+        def show(answer: Answer) -> None:
+            info, heatmap = watched.info(answer), options.heatmap
+            if options.json:
+                _show_json(answer, info, heatmap, live=watched.counts())
+                return
+            _show_text(answer, info, heatmap)
+            _tell(" · ".join(f"{count} {fate}" for fate, count in watched.counts().items()))
+
+        ask = partial(watched.answer, options=asked)
+        if options.question is not None:
+            watched.fill(_progress())
+            show(ask(options.question))
+            return
+        _converse(ask, show, [], True, options)
 
 
 def _converse(
     ask: Callable[[str], Answer],
     show: Callable[[Answer], None],
     files: Sequence[Path],
+    sees: bool,
     options: argparse.Namespace,
 ) -> None:
     last: Answer | None = None
@@ -128,7 +178,7 @@ def _converse(
             elif command == "/heatmap" and rest.strip():
                 if last is None:
                     raise UsageError("there is no answer yet to draw a heatmap of")
-                _check_heatmap(Path(rest.strip()), files)
+                _check_heatmap(Path(rest.strip()), files, sees)
                 last.save_heatmap(rest.strip())
                 _tell(f"wrote {rest.strip()}")
             else:
@@ -181,7 +231,9 @@ def _show_text(answer: Answer, info: ClipInfo, heatmap: Path | None) -> None:
         _tell(f"wrote {heatmap}")
 
 
-def _show_json(answer: Answer, info: ClipInfo, heatmap: Path | None) -> None:
+def _show_json(
+    answer: Answer, info: ClipInfo, heatmap: Path | None, live: dict[str, int] | None = None
+) -> None:
     text, cost = answer.text, answer.accounting
     if heatmap:
         answer.save_heatmap(heatmap)
@@ -199,6 +251,8 @@ def _show_json(answer: Answer, info: ClipInfo, heatmap: Path | None) -> None:
         "heatmap": str(heatmap) if heatmap else None,
         "accounting": dataclasses.asdict(cost) | {"milliseconds": milliseconds},
     }
+    if live is not None:
+        record["live"] = live
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
@@ -219,11 +273,11 @@ def _tell(note: str) -> None:
         print(f"{_DIM}{note}{_PLAIN}", file=sys.stderr)
 
 
-def _check_heatmap(path: Path, files: Sequence[Path]) -> None:
+def _check_heatmap(path: Path, files: Sequence[Path], sees: bool) -> None:
     """Says before the work, and not after it, that its result could not or must not be written."""
     from ppllava_runtime.heatmap import SUFFIXES
 
-    if not files:
+    if not sees:
         raise UsageError(f"heatmap {path}: there is no video to draw it on")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
@@ -246,10 +300,6 @@ def _read(path: Path) -> str:
         raise StorageError(f"schema {path}: it cannot be read: {error}") from error
 
 
-def _path_or_none(text: str) -> Path | None:
-    return None if text == "-" else Path(text)
-
-
 def _axes(text: str) -> Axes:
     try:
         t, h, w = (int(part) for part in text.split(","))
@@ -266,10 +316,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="folder made by ppllava-export")
-    add("video", type=_path_or_none, metavar="VIDEO", help="video or picture; - for none")
+    add("video", nargs="?", metavar="VIDEO", help="video or picture; - for none")
     add("question", nargs="?", help="in your own words")
     add("--image", type=Path, action="append", default=[], metavar="PATH",
         help="another picture beside the first; may be given again")  # fmt: skip
+    add("--video-input", metavar="SOURCE", help="instead of VIDEO, what goes on: /dev/videoN, "
+        "csi://N, a URL of rtsp, rtsps, http, https or udp, or a file")  # fmt: skip
+    add(
+        "--window",
+        type=float,
+        metavar="S",
+        help="seconds of it to look at (default: 10, or what the model takes)",
+    )
+    add("--rate", type=float, metavar="FPS", help="frames a second of it to keep (default: 2)")
     add("--heatmap", type=Path, metavar="PATH", help="where the model looked: a .png or .mp4")
     add(
         "--frames",
@@ -277,6 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="frames of a video to look at (default: the model's)",
     )
+    add("--fps", type=float, metavar="X", help="or so many a second of it, --frames at most")
     add("--start", type=float, metavar="S", help="first second to look at")
     add("--end", type=float, metavar="S", help="last second to look at")
     add("--tokens", type=int, metavar="N", help="at most so many visual tokens after pooling")

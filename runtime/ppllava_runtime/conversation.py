@@ -15,7 +15,7 @@ from ppllava_runtime.asking import Asker, Options
 from ppllava_runtime.decoders import FinishReason
 from ppllava_runtime.memories import Watched
 from ppllava_runtime.memory import Memory
-from ppllava_runtime.prompt import Prompt
+from ppllava_runtime.prompt import Prompt, checked
 from ppllava_runtime.stopping import StopStrings
 from ppllava_runtime.window import Window
 
@@ -42,35 +42,43 @@ class Video(Asker):
         assistant: Who looked.
         memory: What is kept of it.
         info: About the file and the frames chosen from it.
-        unpaid: What watching cost, until the first answer pays for it.
+        key: Under which `Assistant.recall` finds it again, while there is room for it; None where
+            nothing is kept for that.
     """
 
-    def __init__(self, assistant: Assistant, watched: Watched, cost: Cost) -> None:
+    def __init__(
+        self, assistant: Assistant, watched: Watched, cost: Cost, key: str | None = None
+    ) -> None:
         self.assistant = assistant
         self.memory = watched.memory
         self.info = watched.info
-        self.unpaid = cost
+        self.key = key
+        self._unpaid = [cost]
 
     def answer(self, question: str | Prompt, options: Options) -> Answer:
         """The answer to a question by itself; see `ask`."""
         return self.converse().answer(question, options)
 
-    def converse(self, turns: Turns = "re-pool") -> Conversation:
+    def converse(self, turns: Turns = "re-pool", preface: str = "") -> Conversation:
         """Questions one after the other, each asked behind those before it; see `Conversation`.
 
         Args:
             turns: "re-pool", where each question guides the pooling, or "keep", where the first
                 one's visual tokens stay.
+            preface: What the decoder reads before the first question, a blank line between them; no
+                pooling is guided by it.
 
         Raises:
-            UsageError: Another word.
+            UsageError: Another word for `turns`; or a preface that is no text.
         """
-        return Conversation(self, turns)
+        return Conversation(self, turns, preface)
 
-    def pay(self, stopwatch: Stopwatch) -> None:
-        """Adds what is unpaid to an answer's time; from then on nothing is."""
-        stopwatch.spent |= self.unpaid.stopwatch.spent
-        self.unpaid = Cost(0, 0, Stopwatch())
+    def pay(self) -> Cost:
+        """What watching cost, for the answer that asks first; nothing for the others."""
+        try:
+            return self._unpaid.pop()  # one of several threads gets it
+        except IndexError:
+            return Cost(0, 0, Stopwatch())
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,17 @@ class _Turn:
 
     question: str | Prompt
     ids: tuple[int, ...]
-    answer: Answer
+    answer: Answer | tuple[int, ...]
+
+    @property
+    def said(self) -> tuple[int, ...]:
+        """The ids of the answer, as far as it came."""
+        return self.answer.ids_so_far if isinstance(self.answer, Answer) else self.answer
+
+    def close(self) -> None:
+        """Ends the answer where it is."""
+        if isinstance(self.answer, Answer):
+            self.answer.close()
 
 
 class Conversation(Asker):
@@ -117,12 +135,13 @@ class Conversation(Asker):
     Args:
         video: What was seen.
         turns: "re-pool" or "keep".
+        preface: See `Video.converse`.
 
     Raises:
-        UsageError: Another word for `turns`.
+        UsageError: Another word for `turns`; or a preface that is no text.
     """
 
-    def __init__(self, video: Video, turns: Turns = "re-pool") -> None:
+    def __init__(self, video: Video, turns: Turns = "re-pool", preface: str = "") -> None:
         if turns not in TURNS:
             raise UsageError(f"turns is {turns!r}, expected one of {', '.join(TURNS)}")
         self._video = video
@@ -130,6 +149,23 @@ class Conversation(Asker):
         self._keeps = turns == "keep" or video.memory.record is None
         self._turns: list[_Turn] = []
         self._view: _View | None = None
+        self._preface = checked("preface", preface)
+
+    def recall(self, question: str, answer: str) -> None:
+        """One more turn, that took place elsewhere: the next question goes on from it.
+
+        Args:
+            question: What was asked, in words.
+            answer: What was answered, whose ids are made of this text.
+
+        Raises:
+            UsageError: See `ask`, of both.
+            IncompatibleError: A bundle without tokenizers.
+        """
+        builder = self._video.assistant.prompts
+        said = builder.answer_ids(answer)
+        prompt = self._prompt(question, 0, first=not self._turns, guides=False)
+        self._add(_Turn(question, prompt.ids, said))
 
     def answer(self, question: str | Prompt, options: Options) -> Answer:
         """The answer to one more question; see `ask`.
@@ -160,8 +196,12 @@ class Conversation(Asker):
             prompt = self._prompt(question, num_places, first=not self._turns, guides=guides)
             constraint = assistant.constraint(options.json_schema, options.regex)
         if view is None:
-            splices, relevance = pooled(assistant, memory, question, prompt, window, stopwatch)
-            view = _View(_words(question), window, splices, relevance)
+            guide, read = question, prompt
+            if self._keeps and self._turns:  # of turns that took place elsewhere
+                guide = self._turns[0].question
+                read = self._prompt(guide, num_places, first=True, guides=True)
+            splices, relevance = pooled(assistant, memory, guide, read, window, stopwatch)
+            view = _View(_words(guide), window, splices, relevance)
         with stopwatch.time("prefill"):
             parts = self._parts(prompt, view)
         length = sum(map(len, parts))
@@ -173,11 +213,14 @@ class Conversation(Asker):
             )
         ids = decoder.generate(parts, options.max_new_tokens, options.sampling, constraint)
         answer = self._answer(question, stop, view, ids, length, stopwatch)
-        if self._turns:
-            self._turns[-1].answer.close()
         self._view = view
-        self._turns.append(_Turn(question, prompt.ids, answer))
+        self._add(_Turn(question, prompt.ids, answer))
         return answer
+
+    def _add(self, turn: _Turn) -> None:
+        if self._turns:
+            self._turns[-1].close()
+        self._turns.append(turn)
 
     def _window(self, options: Options) -> Window:
         """The window of this question; where visual tokens are kept, it is theirs."""
@@ -205,7 +248,14 @@ class Conversation(Asker):
         assistant = self._video.assistant
         if isinstance(question, str):
             builder = assistant.prompts
-            return builder.build(question, num_places) if first else builder.build_next(question)
+            if first:
+                return builder.build(question, num_places, self._preface)
+            return builder.build_next(question)
+        if first and self._preface:
+            raise UsageError(
+                "preface: of no meaning before a question in ids: put it among them, or ask in "
+                "words"
+            )
         places = num_places if first else 0
         question.check(assistant.bundle.manifest, places, guides=guides)
         return question
@@ -222,9 +272,7 @@ class Conversation(Asker):
             first = self._turns[0].question
             opening = self._prompt(first, num_places, first=True, guides=False)
             ends = [*(turn.ids for turn in self._turns[1:]), prompt.ids]
-            later = [
-                (*turn.answer.ids_so_far, *ids) for turn, ids in zip(self._turns, ends, strict=True)
-            ]
+            later = [(*turn.said, *ids) for turn, ids in zip(self._turns, ends, strict=True)]
         before, *others = opening.parts(place)
         seen = []
         for splice, after in zip(view.splices, others, strict=True):
@@ -246,14 +294,16 @@ class Conversation(Asker):
         stopwatch: Stopwatch,
     ) -> Answer:
         video, assistant = self._video, self._video.assistant
+        cost = video.pay()
+        stopwatch.spent |= cost.stopwatch.spent
         counts = Counts(
-            num_frames_decoded=video.unpaid.num_decoded,
-            num_frames_encoded=video.unpaid.num_encoded,
+            num_frames_decoded=cost.num_decoded,
+            num_frames_encoded=cost.num_encoded,
             num_tokens_after=sum(map(len, view.splices)),
             num_prompt_tokens=length,
         )
         has_text = bool(assistant.bundle.manifest.tokenizers)
-        answer = Answer(
+        return Answer(
             _words(question),
             view.guide,
             view.relevance,
@@ -264,8 +314,6 @@ class Conversation(Asker):
             stopwatch,
             stop,
         )
-        video.pay(stopwatch)
-        return answer
 
 
 def _words(question: str | Prompt) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
+    from ppllava_runtime.guard import Guard
     from ppllava_runtime.indexing import Index
 
 LAST_RESORT_FPS = 25.0
@@ -45,36 +47,57 @@ class Source:
         container: It, as FFmpeg reads it.
         stream: Its first stream of moving pictures.
         left: Set by another thread that wants no more of it.
+        guard: How it is read where it comes from a stranger.
     """
 
     path: Path
     container: InputContainer
     stream: VideoStream
     left: Event
+    guard: Guard | None = None
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Yields the stream's packets from where it stands.
 
         Raises:
             Left: Nobody wants them.
+            MediaError: There are too many.
         """
-        for packet in self.container.demux(self.stream):
+        for count, packet in enumerate(self.container.demux(self.stream)):
             if self.left.is_set():
                 raise Left
+            if self.guard:  # the last packet only says that there are no more
+                self.guard.check_count(self.path, count)
             yield packet
+
+    def file(self) -> BufferedIOBase:
+        """The file itself, from its beginning."""
+        return BufferedReader(self.guard.file(self.path)) if self.guard else self.path.open("rb")
+
+    def check_length(self, num_frames: int, first: int, last: int) -> None:
+        """Raises MediaError where these are too many frames, or too long; times in its unit."""
+        if self.guard:
+            self.guard.check_count(self.path, num_frames)
+            unit = float(self.stream.time_base or 0)
+            self.guard.check_seconds(self.path, (last - first) * unit)
 
 
 @contextmanager
-def opened(path: Path, left: Event, alone: bool = True) -> Iterator[Source]:
+def opened(
+    path: Path, left: Event, alone: bool = True, guard: Guard | None = None
+) -> Iterator[Source]:
     """The file `path` and its first stream of moving pictures, until the block ends.
 
     Args:
         path: The file.
         left: See `Source`.
         alone: Whether all cores may decode; else one does.
+        guard: See `Source`; then `path` is but a name.
 
     Raises:
         DataError: Not a video, or no video stream in it.
+        MediaError: More than the guard lets pass.
+        MemoryError: There is too little for it.
         StorageError: The file may not be read.
         UnavailableError: PyAV is missing, or it has no decoder for this codec.
     """
@@ -84,7 +107,10 @@ def opened(path: Path, left: Event, alone: bool = True) -> Iterator[Source]:
         raise UnavailableError(f"reading videos needs PyAV: pip install av ({error})") from error
     try:
         # Absolute, so that no name can pass for a protocol such as "concat:".
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        name = str(path.absolute())
+        container = guard.container(path) if guard else av.open(name, metadata_errors="replace")
+    except MemoryError:  # one of FFmpeg's errors as well
+        raise
     except PermissionError as error:
         raise StorageError(f"video {path}: no permission to read it") from error
     except (av.FFmpegError, ValueError) as error:
@@ -103,7 +129,9 @@ def opened(path: Path, left: Event, alone: bool = True) -> Iterator[Source]:
         stream.thread_type = "AUTO"
         if not alone:
             stream.codec_context.thread_count = 1
-        yield Source(path, container, stream, left)
+        if guard:
+            guard.restrain(path, container, stream)
+        yield Source(path, container, stream, left, guard)
 
 
 def can_be_sparing(stream: VideoStream) -> bool:
@@ -205,6 +233,8 @@ class Decoded:
                 yield from self._source.stream.decode(packet)
             except av.EOFError:  # the decoder had been drained already
                 return
+            except MemoryError:  # one of FFmpeg's errors as well, but no damage
+                raise
             except av.FFmpegError:
                 self.num_errors += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tempfile
@@ -30,6 +31,8 @@ _Page = tuple[NDArray[np.uint8], str, NDArray[np.float32]]  # picture, caption, 
 _COLD_PERCENTILE, _WARM_PERCENTILE = 50.0, 99.5
 _RAMP = ((24, 20, 68), (106, 23, 110), (187, 55, 84), (246, 125, 21), (252, 255, 164))
 _STRENGTH = 0.75  # of the warmest spot's colour over the frame
+_SWIFTNESS = 0.8  # below 1, by which what is lukewarm is seen sooner
+_OVERLAY_SCALE = 8  # pixels a patch: what a browser makes of fewer is not smooth
 _BACKGROUND, _INK, _FAINT_INK = (18, 18, 22), (240, 240, 240), (160, 160, 168)
 
 _SHEET_WIDTH = 1280
@@ -70,11 +73,51 @@ def write_heatmap(
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"heatmap {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     writer = _write_sheet if path.suffix.lower() == ".png" else _write_film
-    values = np.concatenate([relevance.ravel() for relevance in maps])
-    low, high = np.percentile(values, (_COLD_PERCENTILE, _WARM_PERCENTILE))
     pages = [*zip(pictures, captions, maps, strict=True)]
     with _replaced(path) as partial:
-        writer(partial, pages, (float(low), float(high)), question)
+        writer(partial, pages, _scale_of(maps), question)
+
+
+def each_overlay(maps: Sequence[NDArray[np.float32]]) -> list[bytes]:
+    """A PNG in RGBA for each map, to be stretched over its picture: nothing where it is cold.
+
+    Colours are those of `write_heatmap`, spread over the values of all maps likewise.
+
+    Args:
+        maps: The relevance (h,w) over each picture, in [-1,1].
+    """
+    from PIL import Image
+
+    scale = _scale_of(maps) if maps else (0.0, 1.0)
+    found = []
+    for relevance in maps:
+        height, width = relevance.shape
+        size = (width * _OVERLAY_SCALE, height * _OVERLAY_SCALE)
+        warmth = _warmth(relevance, scale, size)
+        share = 255 * _STRENGTH * warmth[..., None] ** _SWIFTNESS
+        pixels = np.concatenate([_colours(warmth), share], -1).round().astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG")
+        found.append(file.getvalue())
+    return found
+
+
+def _scale_of(maps: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
+    """What is cold and what is warm among the values of all maps."""
+    values = np.concatenate([relevance.ravel() for relevance in maps])
+    low, high = np.percentile(values, (_COLD_PERCENTILE, _WARM_PERCENTILE))
+    return float(low), float(high)
+
+
+def _warmth(
+    relevance: NDArray[np.float32], scale: tuple[float, float], size: tuple[int, int]
+) -> NDArray[np.floating]:
+    """(H,W) in [0,1], (W,H) being `size`: how warm relevance (h,w) is on a scale."""
+    from PIL import Image
+
+    low, high = scale
+    smooth = Image.fromarray(relevance.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    return ((np.asarray(smooth) - low) / max(high - low, 1e-9)).clip(0, 1)
 
 
 def overlay(
@@ -86,15 +129,13 @@ def overlay(
     """One frame at `size` (width, height), warm where relevance (h,w) is high on `scale`."""
     from PIL import Image
 
-    low, high = scale
     picture = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
-    smooth = Image.fromarray(relevance.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    warmth = ((np.asarray(smooth) - low) / max(high - low, 1e-9)).clip(0, 1)[..., None]
+    warmth = _warmth(relevance, scale, size)[..., None]
     pixels = np.asarray(picture, np.float32)
     # Cold parts lose some colour and light, so that warm ones stand out on any picture.
     grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
     calm = 0.7 * (0.5 * pixels + 0.5 * grey[..., None])
-    share = _STRENGTH * warmth**0.8
+    share = _STRENGTH * warmth**_SWIFTNESS
     base = calm + (pixels - calm) * warmth
     mixed = base * (1 - share) + _colours(warmth[..., 0]) * share
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))

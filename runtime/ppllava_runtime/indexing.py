@@ -6,8 +6,9 @@ import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import islice
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ _TIMED_FORMATS = ("matroska,webm", _TABLED_FORMAT, "flv")
 _ENOUGH = 0.9  # of the duration; less of it is damage
 _KEY, _DISCARD = 1, 2  # of FFmpeg's index entries
 _NUM_PROBED = 16
+_MOST_TABLES = 64 << 20  # bytes, those of many hours
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,14 @@ def read_index(source: Source) -> Index:
     """What the packets of the stream say: from the tables of an MP4, else from the packets.
 
     The latter reads the file to its end.
+
+    Raises:
+        MediaError: More than the source's guard lets pass.
     """
-    return _read_tables(source) or _read_packets(source)
+    index = _read_tables(source) or _read_packets(source)
+    if len(index.times):
+        source.check_length(len(index.times), int(index.times[0]), int(index.times[-1]))
+    return index
 
 
 def _read_packets(source: Source) -> Index:
@@ -110,19 +118,23 @@ def _read_tables(source: Source) -> Index | None:
     if source.container.format.name != _TABLED_FORMAT or not len(entries):
         return None
     fields = [("dts", np.int64), ("end", np.int64), ("size", np.int64), ("flags", np.int64)]
+    source.check_length(len(entries), 0, 0)
     table = np.fromiter(
         ((e.timestamp, e.pos + e.size, e.size, e.flags) for e in entries), fields, len(entries)
     )
-    whole = table["end"].max() <= source.path.stat().st_size
+    with source.file() as file:
+        whole = table["end"].max() <= file.seek(0, os.SEEK_END)
     if not whole or table["size"].min() < 1 or (table["flags"] & _DISCARD).any():
         return None
-    with source.path.open("rb") as file:
+    with source.file() as file:
         delays = _read_delays(file, stream.id, len(table))
     if delays is None:
         return None
     shown = table["dts"] + delays
     origin: int | None = None
-    with opened(source.path, source.left) as probe:  # whose packets nobody else misses
+    with opened(
+        source.path, source.left, guard=source.guard
+    ) as probe:  # whose packets nobody else misses
         for packet, dts, pts in zip(
             islice(probe.packets(), _NUM_PROBED), table["dts"], shown, strict=False
         ):
@@ -139,7 +151,7 @@ def _read_tables(source: Source) -> Index | None:
     return Index.of(shown, keys, 0, bool(is_key[0]))
 
 
-def _read_delays(file: BinaryIO, track: int, count: int) -> NDArray[np.int64] | None:
+def _read_delays(file: BufferedIOBase, track: int, count: int) -> NDArray[np.int64] | None:
     """(count,) from decoding to presentation, of each picture of an MP4's track; None if unclear.
 
     Args:
@@ -180,7 +192,7 @@ def _num_cuts(track: memoryview) -> int:
     return sum(entry[size // 2 - 2 : size - 4] != b"\xff" * (size // 2 - 2) for entry in entries)
 
 
-def _read_movie(file: BinaryIO) -> memoryview | None:
+def _read_movie(file: BufferedIOBase) -> memoryview | None:
     """The box with the tables; that with the pictures is skipped."""
     end = file.seek(0, os.SEEK_END)
     place = 0
@@ -192,6 +204,8 @@ def _read_movie(file: BinaryIO) -> memoryview | None:
             size, length = int.from_bytes(head[8:], "big"), 16
         size = size or end - place
         if size < length or place + size > end:
+            return None
+        if head[4:8] == b"moov" and size > _MOST_TABLES:
             return None
         if head[4:8] == b"moov":
             file.seek(place + length)

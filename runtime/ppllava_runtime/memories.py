@@ -25,11 +25,13 @@ class Watched:
         memory: What is kept.
         info: About the file and the frames chosen from it.
         paths: The files that `info` names.
+        seer: By what it was seen, see `Source`.
     """
 
     memory: Memory
     info: ClipInfo
     paths: tuple[Path, ...] = ()
+    seer: tuple[str, ...] = ()
 
     def of(self, paths: Sequence[Path]) -> Watched:
         """The same, seen in files of the same content, which `info` names from then on."""
@@ -40,7 +42,7 @@ class Watched:
             if found:
                 begun, rest = f"{begun}{head} {now}: ", tail
         info = replace(self.info, damage=begun + rest or None)
-        return Watched(self.memory, info, tuple(paths))
+        return replace(self, info=info, paths=tuple(paths))
 
 
 class MemoryStore:
@@ -101,14 +103,19 @@ class Source:
         paths: The files, in order.
         sampling: What else decides what is seen of them, e.g. the number of frames.
         seer: By what: the seal of a bundle, a kind of memory and the like.
+        owner: For whom: nobody finds what was seen for another, nor learns whether it was.
     """
 
     def __init__(
-        self, paths: Sequence[Path], sampling: Sequence[object], seer: Sequence[object]
+        self,
+        paths: Sequence[Path],
+        sampling: Sequence[object],
+        seer: Sequence[object],
+        owner: str = "",
     ) -> None:
         self.paths = tuple(paths)
         self._stamps = self._now()
-        self._said = [*sampling, *seer]
+        self._said = [list(sampling), list(seer), owner]
 
     def key(self) -> str | None:
         """The key of what is seen; None where there are no such files to read.

@@ -23,7 +23,7 @@ from ppllava_runtime.window import (
 
 Kind = Literal["video", "image", "images"]
 
-_THUMBNAIL_SIDE = 480
+THUMBNAIL_SIDE = 480
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def thumbnails(pictures: Iterable[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8]
     smaller = []
     for picture in pictures:
         height, width, _ = picture.shape
-        scale = _THUMBNAIL_SIDE / max(height, width)
+        scale = THUMBNAIL_SIDE / max(height, width)
         if scale < 1:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
             shrunk = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _PLACE = "<image>\n"  # in a template
+_WORDS_REMEMBERED = 1000
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders show for bytes that are no character yet
 
 
@@ -142,21 +143,27 @@ class PromptBuilder:
             decoder, text, bundle.manifest.model, bundle.manifest.decoder.eos_token_ids
         )
 
-    def build(self, question: str, num_places: int = 1) -> Prompt:
+    def build(self, question: str, num_places: int = 1, preface: str = "") -> Prompt:
         """The ids of one question; a question too long for the text tower guides by its beginning.
+
+        A token reserved for the template has a space in it from then on: it is no command.
 
         Args:
             question: In one's own words.
             num_places: Places for visual tokens before it: one for a video, none without.
+            preface: What the decoder reads before the question.
 
         Raises:
-            UsageError: A question that is empty, is not text, or contains a token reserved for the
-                template or becomes one.
+            UsageError: A question that is empty, or it or the preface is not text or becomes a
+                reserved token.
             DataError: A template that does not give so many places.
         """
-        question = _checked(question, self._reserved)
+        question = self._harmless_question(question)
         model = self._model
-        ids = self._turn(model.chat_template.replace(_PLACE, _PLACE * num_places), question)
+        words = question
+        if preface := _escaped(checked("preface", preface), self._reserved):
+            words = f"{preface}\n\n{question}"
+        ids = self._turn(model.chat_template.replace(_PLACE, _PLACE * num_places), words)
         if ids.count(model.image_token_index) != num_places:
             raise DataError(
                 f"model {model.name}: its chat template gives {ids.count(model.image_token_index)} "
@@ -171,9 +178,25 @@ class PromptBuilder:
         Raises:
             UsageError: See `build`.
         """
-        question = _checked(question, self._reserved)
+        question = self._harmless_question(question)
         ids = self._turn(self._model.next_turn_template, question, begins=False)
         return Prompt(self._text_ids(question), ids)
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """The decoder's ids of an answer that was given elsewhere; reserved tokens as in `build`.
+
+        Raises:
+            UsageError: An answer that is not text or becomes a reserved token.
+        """
+        words = _escaped(checked("answer", answer), self._reserved)
+        ids = self._decoder.encode(words, add_special_tokens=False).ids
+        _refuse(ids, (), self._decoder_reserved)
+        return tuple(ids)
+
+    def _harmless_question(self, question: str) -> str:
+        if not (question := checked("question", question)):
+            raise UsageError("the question is empty")
+        return _escaped(question, self._reserved)
 
     def _turn(self, template: str, question: str, *, begins: bool = True) -> tuple[int, ...]:
         """A template's ids with the question in it; the tokenizer's own if the text `begins`."""
@@ -255,21 +278,31 @@ class TextStream:
         return piece
 
 
-def _checked(question: str, reserved: Iterable[str]) -> str:
-    """The question without white space around it, when it is text and harmless as text."""
-    question = question.strip()
-    if not question:
-        raise UsageError("the question is empty")
+def checked(what: str, words: str) -> str:
+    """The words without white space around them, when they are text.
+
+    Raises:
+        UsageError: They are not.
+    """
+    words = words.strip()
     try:
-        question.encode()
+        words.encode()
     except UnicodeEncodeError as error:  # what Python makes of bytes that a shell passed on
-        raise UsageError("the question is not text: expected UTF-8") from error
-    # Read as text these would be harmless, but tokenizers read them as commands: one more place
-    # for an image, or the end of the turn.
-    for token in reserved:
-        if token in question:
-            raise UsageError(f"the question contains the reserved {token!r}: leave it out")
-    return question
+        raise UsageError(f"the {what} is not text: expected UTF-8") from error
+    return words
+
+
+def _escaped(words: str, reserved: Sequence[str]) -> str:
+    """The words with a space after the first character of whatever is reserved.
+
+    Read as text it would be harmless, but tokenizers read it as a command: one more place for an
+    image, or the end of the turn. Of a single character nothing is changed, nor of what a
+    normalizer makes of a text: such ids are refused.
+    """
+    tokens = [token for token in reserved if len(token) > 1]
+    while found := next((token for token in tokens if token in words), None):
+        words = words.replace(found, f"{found[0]} {found[1:]}")
+    return words
 
 
 def _reserved_by_decoder(
@@ -303,8 +336,8 @@ def _refuse(ids: Iterable[int], expected: Iterable[int], reserved: dict[int, str
     for id_ in Counter(ids) - Counter(expected):
         if id_ in reserved:
             raise UsageError(
-                f"the question is read as containing the reserved {reserved[id_] or id_!r}: leave "
-                "that out"
+                f"the text is read as containing the reserved {reserved[id_] or id_!r}: leave that "
+                "out"
             )
 
 
@@ -312,6 +345,11 @@ def _load(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: not a tokenizer, export it again: {error}") from error
+    # What it remembers of each thread's words is some 15 MB at its usual 10,000, which strangers
+    # can fill; of what people ask about, this many come again.
+    if hasattr(tokenizer.model, "_resize_cache"):
+        tokenizer.model._resize_cache(_WORDS_REMEMBERED)
+    return tokenizer

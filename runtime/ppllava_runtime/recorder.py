@@ -17,6 +17,7 @@ from ppllava_engines.engine import Array, Engine
 from ppllava_engines.errors import UsageError
 from ppllava_engines.memory_layout import MemoryLayout, to_int8
 from ppllava_engines.tensorrt.device import DeviceArray
+from ppllava_runtime.lane import Lane
 from ppllava_runtime.window import Window
 
 # More frames at once make no operator of a tower faster, and what decodes the next ones waits.
@@ -79,7 +80,7 @@ class Record:
 
 
 class Recorder:
-    """Runs the tower on some frames at a time and stores what comes out, row by row.
+    """Runs the tower on some frames at a time and stores what comes out, row by row, in any order.
 
     Args:
         vision: The engine of the layout's vision graph.
@@ -87,6 +88,7 @@ class Recorder:
         manifest: Of the bundle.
         num_rows: T, how many frames, views or pictures are kept.
         coupled: Whether they see each other: then one call of `encode` brings all of them.
+        lane: Of the engine's device, where several threads may use it at once.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class Recorder:
         manifest: Manifest,
         num_rows: int,
         coupled: bool,
+        lane: Lane | None = None,
     ) -> None:
         self._vision = vision
         self._layout = layout
         self._coupled = coupled
+        self._lane = lane or Lane()
         if coupled or manifest.model.frames_coupled:  # all, or none
             self._frames_per_run = num_rows if coupled else 1
         else:
@@ -146,12 +150,13 @@ class Recorder:
             for other in rows:
                 if isinstance(array, DeviceArray):
                     source, target = array[row : row + 1], array[other : other + 1]
-                    array.owner.device.copy(target.pointer, source.pointer, source.nbytes)
+                    with self._lane:
+                        array.owner.device.copy(target.pointer, source.pointer, source.nbytes)
                 else:
                     array[other] = array[row]
 
     def finish(self) -> Record:
-        """What is kept, once every row is there."""
+        """What is kept, once every row is there; rows that come later change it."""
         return Record(self._layout, self._arrays)
 
     @property

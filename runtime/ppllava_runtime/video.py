@@ -10,10 +10,9 @@ the container says.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -28,8 +27,9 @@ from ppllava_engines.errors import (
     NotFoundError,
     UsageError,
 )
+from ppllava_runtime.choosing import Sample as Sample
+from ppllava_runtime.choosing import choose_frames as choose_frames
 from ppllava_runtime.decoding import (
-    LAST_RESORT_FPS,
     BrokenPromise,
     Decoded,
     can_be_sparing,
@@ -44,6 +44,8 @@ from ppllava_runtime.pictures import read_picture
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.video.stream import VideoStream
+
+    from ppllava_runtime.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def read_clip(
     if (found := read_still(path)) is not None:
         picture, note = found
         return Clip(picture[None], ClipInfo.of_stills(1, note))
-    chosen = ChosenFrames(Path(path), num_frames, start, end)
+    chosen = ChosenFrames(Path(path), Sample(num_frames, None, start, end))
     pictures: NDArray[np.uint8] | None = None
     for rows, picture in chosen:
         if pictures is None or pictures.shape[1:] != picture.shape:
@@ -128,12 +130,21 @@ def read_still(path: str | Path) -> tuple[NDArray[np.uint8], str | None] | None:
         NotFoundError: There is no such file.
         StorageError: The file cannot be read.
     """
-    path = Path(path)
+    check_file(Path(path))
+    return read_picture(Path(path))
+
+
+def check_file(path: Path) -> None:
+    """Nothing, when there is such a file.
+
+    Raises:
+        DataError: Not a file.
+        NotFoundError: There is no such file.
+    """
     if not path.exists():
         raise NotFoundError(f"video {path}: no such file")
     if not path.is_file():
         raise DataError(f"video {path}: not a file")
-    return read_picture(path)
 
 
 class ChosenFrames:
@@ -144,32 +155,34 @@ class ChosenFrames:
 
     Args:
         path: A video file that is there.
-        num_frames, start, end: See `read_clip`.
+        sample: Which frames.
         alone: Whether all cores may decode; else one does.
         left: Set by another thread to make the iteration end early.
+        guard: How the file is read where it comes from a stranger.
 
     Attributes:
+        num_rows: How many places there are, T, once the first frame is there.
         info: What is known of the file, once the iteration has ended.
 
     Raises:
         DataError, StorageError, UnavailableError, UsageError: See `read_clip`; by iterating.
     """
 
+    num_rows: int
     info: ClipInfo
 
     def __init__(
         self,
         path: Path,
-        num_frames: int,
-        start: float | None = None,
-        end: float | None = None,
+        sample: Sample,
         *,
         alone: bool = True,
         left: Event | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._path = path
-        self._choose = (num_frames, start, end)
-        self._open = partial(opened, path, left or Event(), alone)
+        self._sample = sample
+        self._open = partial(opened, path, left or Event(), alone, guard)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], NDArray[np.uint8]]]:
         path = self._path
@@ -179,7 +192,7 @@ class ChosenFrames:
             promised = stream.frames - index.num_discarded
             estimate = 0 if stream.frames else expected_frames(source, index.times)
             if index.trusted:
-                choice = _Choice.of(path, stream, index.times, *self._choose)
+                choice = _Choice.of(path, stream, index.times, self._sample)
                 damage = _damage(path, len(index.times), promised, estimate)
                 # Left-out pictures may confuse a decoder about the order of those around them.
                 for sparing in (True, False) if can_be_sparing(stream) else (False,):
@@ -196,7 +209,7 @@ class ChosenFrames:
         if everything.num_errors:  # of a sound file, not every packet need be a picture
             promised = max(promised, len(index.times))
         with self._open() as source:
-            choice = _Choice.of(path, source.stream, times, *self._choose)
+            choice = _Choice.of(path, source.stream, times, self._sample)
             frames = enumerate(Decoded(source))
             damage = _damage(path, len(times), promised, estimate)
             yield from self._taken(choice, frames, damage, already=len(times))
@@ -223,6 +236,7 @@ class ChosenFrames:
         for place, frame in frames:
             num_decoded += 1
             if rows := rows_of.pop(place, None):
+                self._fix(len(choice.indices))
                 size = size or (frame.width, frame.height)
                 yield tuple(rows), upright(frame, *size)
             if not rows_of:
@@ -238,60 +252,30 @@ class ChosenFrames:
             damage=damage,
         )
 
+    def _fix(self, num_rows: int) -> None:
+        """From now on it is so many: one that begins again may find more or fewer frames."""
+        self.num_rows = num_rows
+        self._sample = replace(self._sample, num_frames=num_rows, fps=None)
 
-def each_picture(paths: Iterable[Path]) -> Iterator[tuple[NDArray[np.uint8], str | None]]:
+
+def each_picture(
+    paths: Iterable[Path],
+    read: Callable[[Path], tuple[NDArray[np.uint8], str | None] | None] = read_picture,
+) -> Iterator[tuple[NDArray[np.uint8], str | None]]:
     """Yields the picture (H,W,3) uint8 RGB, upright, in each file and what there is to note.
+
+    Args:
+        paths: The files.
+        read: Reads one, as `pictures.read_picture` does.
 
     Raises:
         DataError: A file that is no picture, or is damaged.
         NotFoundError, StorageError: See `pictures.read_picture`.
     """
     for path in paths:
-        if (found := read_picture(path)) is None:
+        if (found := read(path)) is None:
             raise DataError(f"image {path}: not an image, give a video alone")
         yield found
-
-
-def choose_frames(
-    num_frames: int,
-    num_chosen: int,
-    fps: float = LAST_RESORT_FPS,
-    start: float | None = None,
-    end: float | None = None,
-) -> tuple[int, ...]:
-    """Indices of `num_chosen` frames of a video of `num_frames`, from the middle of equal segments.
-
-    This is the rule of the published model, its rounding included: Python's, half to even.
-
-    Args:
-        num_frames: How many there are, M ≥ 1.
-        num_chosen: How many to choose, N; indices repeat when N > M.
-        fps: Frames per second, by which seconds become indices.
-        start: Where the span begins, in seconds; None is the first frame.
-        end: Where it ends; None is the last frame.
-
-    Raises:
-        UsageError: Less than one frame, or a span that is empty or outside the video.
-    """
-    if num_chosen < 1:
-        raise UsageError(f"frames is {num_chosen}, expected 1 or more")
-    last_second = (num_frames - 1) / fps
-    first, last = 0, num_frames - 1
-    if start is not None:
-        if not 0 <= start < math.inf:
-            raise UsageError(f"the span starts at {start} s, expected 0 or more")
-        first = round(start * fps)
-    if end is not None:
-        if not (start or 0) <= end < math.inf:
-            raise UsageError(f"the span ends at {end} s, expected its start {start or 0} s or more")
-        last = min(round(end * fps), last)
-    if first > last:
-        raise UsageError(
-            f"the span starts at {start} s, but the last frame of the video is at "
-            f"{last_second:.2f} s"
-        )
-    segment = (last - first) / num_chosen
-    return tuple(first + int(segment / 2 + round(segment * i)) for i in range(num_chosen))
 
 
 @dataclass(frozen=True)
@@ -308,9 +292,7 @@ class _Choice:
         path: Path,
         stream: VideoStream,
         times: Sequence[int | None] | NDArray[np.int64],
-        num_chosen: int,
-        start: float | None,
-        end: float | None,
+        sample: Sample,
     ) -> _Choice:
         unit = float(stream.time_base or 0)
         origin = times[0]
@@ -321,7 +303,7 @@ class _Choice:
 
         fps = frame_rate(stream, len(times), shown(-1))
         try:
-            indices = choose_frames(len(times), num_chosen, fps, start, end)
+            indices = sample.indices(len(times), fps)
         except UsageError as error:
             raise UsageError(f"video {path}: {error}") from None
         seconds = (i / fps if (second := shown(i)) is None else second for i in indices)

@@ -1,30 +1,29 @@
-"""A clip on its way into the vision tower: one thread decodes and shrinks, the caller encodes.
+"""A clip on its way into the vision tower: an Opener decodes and shrinks, the caller encodes.
 
 A full frame is a square for the tower and a thumbnail for people as soon as it is decoded, so that
-hardly more than one is ever there. The thread stops when it is a few frames ahead.
+hardly more than one is ever there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Event, Thread
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppllava_engines.bundle import ModelSpec
+from ppllava_engines.errors import InternalError
 from ppllava_runtime.answer import Stopwatch
 from ppllava_runtime.anyres import Tiling
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.preprocess import normalised, squared
-from ppllava_runtime.video import ChosenFrames, ClipInfo
+from ppllava_runtime.video import ClipInfo, Sample, each_picture
 
 Kept = TypeVar("Kept")
 Kept_co = TypeVar("Kept_co", covariant=True)
@@ -32,9 +31,7 @@ Item = TypeVar("Item")
 
 Progress = Callable[[int, int], None]
 Picture = NDArray[np.uint8]
-
-# Some more than one run of the tower takes.
-_FRAMES_AHEAD = 8
+Shown = tuple[tuple[int, ...], Picture, Picture]  # places, square, thumbnail
 
 
 class Recorder(Protocol[Kept_co]):
@@ -52,6 +49,53 @@ class Recorder(Protocol[Kept_co]):
 
     def finish(self) -> Kept_co:
         """What is kept, once every row is there."""
+
+
+class ClipFrames(Protocol):
+    """The frames of a clip as they come; to be closed, however many of them were taken.
+
+    Iterating yields the places in the clip that show a frame, the frame as a square (S,S,3) uint8
+    RGB, see `preprocess.squared`, and its thumbnail, see `memory.thumbnails`. At least one comes,
+    and in the end there is one for every place; of a place that comes twice the later one counts.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """How many places there are, T, once the first frame is there."""
+        ...
+
+    @property
+    def info(self) -> ClipInfo:
+        """What is known of the file, once the last frame was there."""
+        ...
+
+    def __iter__(self) -> Iterator[Shown]:
+        """Yields what is shown, and where; raises what is wrong with the file."""
+        ...
+
+    def close(self) -> None:
+        """Ends the decoding, and frees what it holds."""
+        ...
+
+
+class Opener(Protocol):
+    """Reads what is in files: the only one that does, of all that is watched.
+
+    Raises:
+        DataError: From any of these: a file that is damaged or no such thing; MediaError is one.
+        NotFoundError, StorageError, UnavailableError: The same; see `video.read_clip`.
+    """
+
+    def still(self, path: Path) -> tuple[Picture, str | None] | None:
+        """The picture (H,W,3) in a file and what there is to note; None of a video.
+
+        See `pictures.read_picture`.
+        """
+        ...
+
+    def clip(self, path: Path, sample: Sample, size: int) -> ClipFrames:
+        """The frames of a video, in squares of `size`; what is wrong is raised by iterating."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,51 +118,105 @@ class Seen(Generic[Kept]):
 
 
 def watch_clip(
-    path: str | Path,
-    num_frames: int,
-    start: float | None = None,
-    end: float | None = None,
+    frames: ClipFrames,
     *,
     recorder_of: Callable[[int, bool], Recorder[Kept]],
     model: ModelSpec,
     stopwatch: Stopwatch,
     progress: Progress | None = None,
 ) -> Seen[Kept]:
-    """What the model sees of a video file, `num_frames` frames as `video.read_clip` chooses them.
+    """What the model sees of a video.
 
     Frames that look the same to the tower go through it once, unless frames see each other. How
-    frames are decoded has no influence on what comes out, nor has the thread.
+    frames are decoded has no influence on what comes out, nor has who does it.
 
     Args:
-        path: A file that is there and no picture, see `video.read_still`.
-        num_frames: See `video.read_clip`.
-        start: The same.
-        end: The same.
+        frames: Of the video; they are closed.
         recorder_of: Makes the recorder of so many rows, and of whether their frames see each other:
             then it is given all at once. Called when the first frame is there.
         model: What frames must look like.
         stopwatch: Counts as "decode" how long the tower had to wait for frames.
-        progress: Called with the number of rows that are there and of all, first with none.
+        progress: Called with the number of rows that are there and of all, first with none. What it
+            raises ends this, and the decoding.
 
     Raises:
         DataError, StorageError, UnavailableError, UsageError: See `video.read_clip`.
     """
-    left = Event()
-    chosen = ChosenFrames(Path(path), num_frames, start, end, alone=False, left=left)
-
-    def shrunk() -> Generator[tuple[tuple[int, ...], Picture, Picture], None, None]:
-        for rows, frame in chosen:
-            (thumbnail,) = thumbnails([frame])
-            yield rows, squared(frame, model.image_size), thumbnail
-
-    small: list[Picture] = [np.empty(0, np.uint8)] * num_frames
-    rows_of = _Rows(recorder_of, num_frames, model.frames_coupled, model, stopwatch, progress)
-    with closing(ahead(shrunk(), _FRAMES_AHEAD, left)) as frames:
+    small: dict[int, Picture] = {}
+    rows_of: _Rows[Kept] | None = None
+    with closing(frames):
         for rows, square, thumbnail in _timed(stopwatch, frames):
-            for row in rows:
-                small[row] = thumbnail
+            if rows_of is None:
+                rows_of = _Rows(
+                    recorder_of, frames.num_rows, model.frames_coupled, model, stopwatch, progress
+                )
+            small.update(dict.fromkeys(rows, thumbnail))
             rows_of.take(rows, square)
-    return Seen(chosen.info, tuple(small), rows_of.finish(), rows_of.num_encoded)
+        if rows_of is None or len(small) != frames.num_rows:
+            raise InternalError(f"watching: {len(small)} frames of a clip came, expected all")
+        info = frames.info
+    thumbnails = tuple(small[row] for row in range(len(small)))
+    return Seen(info, thumbnails, rows_of.finish(), rows_of.num_encoded)
+
+
+class PictureFrames:
+    """Pictures that are the frames of a video, as ClipFrames; they may differ in size.
+
+    Args:
+        paths: Of all frames.
+        sample: Which of them are looked at; the others are not read.
+        fps: So many frames are a second.
+        size: Side of a square.
+        still: Reads one, see `Opener.still`.
+
+    Raises:
+        UsageError: See `Sample.indices`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        sample: Sample,
+        fps: float,
+        size: int,
+        still: Callable[[Path], tuple[Picture, str | None] | None],
+    ) -> None:
+        self._paths = paths
+        self._indices = sample.indices(len(paths), fps)
+        self._fps = fps
+        self._size = size
+        self._still = still
+        self._notes: list[str] = []
+
+    @property
+    def num_rows(self) -> int:
+        """How many places there are."""
+        return len(self._indices)
+
+    @property
+    def info(self) -> ClipInfo:
+        """What is known of the pictures, once they were read."""
+        return ClipInfo(
+            timestamps=np.array(self._indices) / self._fps,
+            indices=self._indices,
+            num_frames=len(self._paths),
+            num_decoded=len(set(self._indices)),
+            fps=self._fps,
+            damage="; ".join(self._notes) or None,
+        )
+
+    def __iter__(self) -> Iterator[Shown]:
+        """Yields the places in which a picture is shown, its square and its thumbnail."""
+        places = sorted(set(self._indices))
+        pictures = each_picture((self._paths[place] for place in places), self._still)
+        for place, (picture, note) in zip(places, pictures, strict=True):
+            self._notes += [note] if note else []
+            rows = tuple(row for row, index in enumerate(self._indices) if index == place)
+            (thumbnail,) = thumbnails([picture])
+            yield rows, squared(picture, self._size), thumbnail
+
+    def close(self) -> None:
+        """Nothing: no file stays open."""
 
 
 def watch_pictures(
@@ -164,48 +262,6 @@ def watch_pictures(
             rows.take((view,), square)
     info = ClipInfo.of_stills(count, "; ".join(notes) or None)
     return Seen(info, tuple(small), rows.finish(), rows.num_encoded, tiling)
-
-
-def ahead(
-    items: Generator[Item, None, None], depth: int, left: Event
-) -> Generator[Item, None, None]:
-    """Yields what a thread takes from `items` meanwhile, of which `depth` may wait here.
-
-    Closing it sets `left`, by which `items` shall end soon, and returns when the thread has ended.
-    What `items` raises is raised here.
-    """
-    waiting: Queue[tuple[Item] | BaseException | None] = Queue(depth)
-
-    def work() -> None:
-        last: BaseException | None = None
-        try:
-            with closing(items):  # here, where its file is being read
-                for item in items:
-                    waiting.put((item,))
-                    if left.is_set():
-                        break
-        except BaseException as error:
-            last = error
-        waiting.put(last)
-
-    thread = Thread(target=work, name="ppllava-decode", daemon=True)
-    thread.start()
-    try:
-        while True:
-            found = waiting.get()
-            if found is None:
-                return
-            if isinstance(found, BaseException):
-                raise found
-            yield found[0]
-    finally:
-        left.set()
-        while thread.is_alive():
-            try:  # makes room for one that waits to put something down
-                waiting.get(timeout=0.01)
-            except Empty:
-                continue
-        thread.join()
 
 
 def _timed(stopwatch: Stopwatch, items: Iterable[Item]) -> Iterator[Item]:

@@ -46,9 +46,9 @@ def test_turns_follow_each_other_if_told_to(run: Chat, bundle: Path, clip: Path)
     lengths, pooling = {}, {}
     for turns in (None, "re-pool", "keep"):
         told = ["--turns", turns] if turns else []
-        records = run(bundle, clip, *told, "--tokens", 6, typed="one?\n<image>\ntwo?\n")
+        records = run(bundle, clip, *told, "--tokens", 6, typed="one?\ncaf\udce9\ntwo?\n")
         assert [record["question"] for record in records] == ["one?", "two?"]
-        assert "reserved '<image>'" in run.err
+        assert "the question is not text" in run.err
         costs = [record["accounting"] for record in records]
         lengths[turns] = [cost["num_prompt_tokens"] for cost in costs]
         pooling[turns] = costs[1]["milliseconds"]["pool"]

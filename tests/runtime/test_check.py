@@ -14,7 +14,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-import ppllava_runtime.watching
+import ppllava_runtime.local
 from ppllava_engines.bundle import MANIFEST, Bundle, DecoderSpec, ModelSpec, hash_files
 from ppllava_engines.errors import run_command
 from ppllava_engines.memory_parity import MEMORY_STAGES
@@ -309,7 +309,7 @@ def test_a_runtime_that_loses(
     expected: set[str],
     where: str,
 ) -> None:
-    monkeypatch.setattr(ppllava_runtime.watching, "ChosenFrames", altered_reading(alter))
+    monkeypatch.setattr(ppllava_runtime.local, "ChosenFrames", altered_reading(alter))
     report = check_bundle(bundle)
     assert set(bad(report)) == expected
     assert where in report.verdict

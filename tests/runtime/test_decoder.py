@@ -136,6 +136,7 @@ class TestSampling:
             (Sampling(temperature=1, top_k=2), [0, 4 / 7, 0, 3 / 7, 0]),
             (Sampling(temperature=1, top_p=0.8), [0, 8 / 17, 0, 6 / 17, 3 / 17]),
             (Sampling(temperature=1, top_p=0.01), [0, 1, 0, 0, 0]),
+            (Sampling(temperature=5e-324), [0, 1, 0, 0, 0]),
             (Sampling(temperature=0.5), [0.01, 0.16, 0.0025, 0.09, 0.0225]),
         ],
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from ppllava_engines.errors import StorageError, UnavailableError, UsageError
-from ppllava_runtime.heatmap import overlay, write_heatmap
+from ppllava_runtime import Assistant
+from ppllava_runtime.heatmap import each_overlay, overlay, write_heatmap
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.video import read_clip
-from tiny_videos import numbered_frames
+from tiny_videos import numbered_frames, write_video
 
 FRAMES = numbered_frames(5)
 CAPTIONS = [f"{i}:00.00" for i in range(5)]
@@ -47,6 +50,73 @@ def test_the_spot_is_warm_and_the_rest_is_not() -> None:
     assert redness[15, 45] > 60
     assert abs(redness[:, :30]).max() < 20
     assert pixels[:, :30].mean() < 100
+
+
+def opened(png: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(png)) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "RGBA")
+        return np.asarray(picture)
+
+
+def test_layers_show_the_spot_and_nothing_else() -> None:
+    layers = [opened(png) for png in each_overlay([*RELEVANCE])]
+    assert len(layers) == 5
+    for pixels in layers:
+        height, width, _ = pixels.shape
+        scale = height // 4
+        assert (height, width) == (4 * scale, 6 * scale)
+        assert scale >= 4
+        alpha = pixels[..., 3]
+        middle = (scale + scale // 2, 4 * scale + scale // 2)
+        assert alpha[middle] > 150
+        assert (alpha == 0).mean() > 0.3
+        assert alpha[:, : 3 * scale].mean() < 20
+        red, _, blue, _ = (int(value) for value in pixels[middle])
+        assert red - blue > 60
+        # Smooth: no step between neighbours is a patch's.
+        assert np.abs(np.diff(alpha.astype(int), axis=1)).max() < 100
+
+
+def test_layers_have_one_scale_for_all_frames() -> None:
+    faint = RELEVANCE.copy()
+    faint[1:, 1, 4] = 0.14
+    first, *others = (opened(png)[..., 3].max() for png in each_overlay([*faint]))
+    assert first > 180
+    assert max(others) < first / 2
+    # Laid over a frame, a layer is as warm as in the file.
+    low, high = np.percentile(faint, (50, 99.5))
+    grey = np.full((32, 48, 3), 128, np.uint8)
+    drawn = np.asarray(overlay(grey, faint[0], (low, high), (48, 32))).astype(float)
+    layer = opened(each_overlay([*faint])[0]).astype(float)
+    assert layer.shape[:2] == (32, 48)
+    warmest = np.unravel_index(layer[..., 3].argmax(), (32, 48))
+    share = layer[warmest][3] / 255
+    mixed = 128 * (1 - share) + layer[warmest][:3] * share
+    np.testing.assert_allclose(drawn[warmest], mixed, atol=2)
+
+
+def test_layers_of_what_is_the_same_everywhere_are_empty() -> None:
+    for pixels in map(opened, each_overlay([np.full((4, 6), 0.2, np.float32)] * 2)):
+        assert pixels[..., 3].max() == 0
+    assert each_overlay([]) == []
+
+
+def test_an_answer_gives_its_curve_and_its_layers(bundle: Path, tmp_path: Path) -> None:
+    assistant = Assistant.open(bundle)
+    path = write_video(tmp_path / "clip.mp4", numbered_frames(12))
+    answer = assistant.watch(path, 5).ask("Where is it?", max_new_tokens=1)
+    np.testing.assert_allclose(answer.curve(), answer.relevance.mean((1, 2)), rtol=1e-5)
+    assert all(type(value) is float for value in answer.curve())
+    assert answer.overlays() == each_overlay([*answer.relevance])
+    assert len(answer.thumbnails) == len(answer.timestamps) == 5
+    assert answer.timestamps[0] < answer.timestamps[-1]
+
+    Image.fromarray(numbered_frames(1, 96, 48)[0]).save(tmp_path / "a.png")
+    tiled = assistant.watch(tmp_path / "a.png").ask("Where is it?", max_new_tokens=1)
+    assert len(tiled.relevance) > 1 == len(tiled.curve()) == len(tiled.overlays())
+    nothing = assistant.ask("Where?", max_new_tokens=1)
+    assert (nothing.curve(), nothing.overlays(), nothing.thumbnails) == ([], [], ())
+    assert len(nothing.timestamps) == 0
 
 
 def test_relevance_that_is_the_same_everywhere_is_cold(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,21 @@ def test_an_answer_that_overflowed_leaves_nothing_behind(
     spoilt = np.full_like(decoder.embed(AFTER), np.nan)
     list(decoder.generate([decoder.embed(BEFORE), spoilt], 2, Sampling()))
     np.testing.assert_array_equal(ask(decoder, BEFORE, AFTER)[1], expected)
+
+
+def test_answers_in_several_threads_disturb_none(fresh: Callable[[], CachingDecoder]) -> None:
+    prompts = [(*range(4, 20 + 3 * number), 7 + number) for number in range(4)]
+    expected = [ask(fresh(), BEFORE, prompt) for prompt in prompts]
+    shared = fresh()
+
+    def work(number: int) -> list[tuple[list[int], Array]]:
+        return [ask(shared, BEFORE, prompts[number]) for _ in range(4)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, (ids, logits) in zip(pool.map(work, range(4)), expected, strict=True):
+            for each in found:
+                assert each[0] == ids
+                np.testing.assert_array_equal(each[1], logits)
 
 
 def test_the_callers_array_may_change(fresh: Callable[[], CachingDecoder]) -> None:

@@ -126,7 +126,7 @@ class TestPrompt:
         bare = tokenizer.encode("USER: <image>\nred circle ASSISTANT: ", add_special_tokens=False)
         assert first.ids == (tokenizer.token_to_id("<s>"), *bare.ids)
 
-    @pytest.mark.parametrize("question", [" ", "<image>", "so </s>"])
+    @pytest.mark.parametrize("question", [" ", "caf\udce9"])
     def test_of_a_next_turn_refuses_what_the_first_does(self, question: str) -> None:
         made = builder()
         refusals = []
@@ -151,12 +151,6 @@ class TestPrompt:
         [
             ("  \n", "the question is empty"),
             ("caf\udce9", "the question is not text: expected UTF-8"),
-            ("a <image> b", "the question contains the reserved '<image>': leave it out"),
-            ("end</s>", "the question contains the reserved '</s>': leave it out"),
-            (
-                "<|endoftext|>",
-                "the question contains the reserved '<|endoftext|>': leave it out",
-            ),
         ],
     )
     def test_refuses(self, question: str, sentence: str) -> None:
@@ -164,14 +158,59 @@ class TestPrompt:
             builder().build(question)
         assert str(caught.value) == sentence
 
-    def test_refuses_any_added_token_that_is_in_the_template(self) -> None:
+    @pytest.mark.parametrize(
+        ("words", "read"),
+        [
+            ("a <image> b", "a < image> b"),
+            ("end</s>", "end< /s>"),
+            ("<|endoftext|>", "< |endoftext|>"),
+            ("<<image>image></s></s>", "<< image>image>< /s>< /s>"),
+            ("is 3 < image > 2?", "is 3 < image > 2?"),
+        ],
+    )
+    def test_reads_reserved_tokens_as_text(self, words: str, read: str) -> None:
+        made, tokenizer, place = builder(), decoder_tokenizer(), IMAGE_TOKEN_INDEX
+        first, later = made.build(words, 2, words), made.build_next(words)
+        for ids, turn in (
+            (first.ids, f"USER: <image>\n<image>\n{read}\n\n{read} ASSISTANT: "),
+            (later.ids, f"</s>USER: {read} ASSISTANT: "),
+            (made.answer_ids(words), read),
+        ):
+            begins = turn.startswith("USER")
+            assert [*ids] == tokenizer.encode(turn, add_special_tokens=begins).ids
+        assert first.ids.count(place) == 2
+        assert place not in (*later.ids, *made.answer_ids(words))
+        np.testing.assert_array_equal(first.text_ids, later.text_ids)
+        np.testing.assert_array_equal(first.text_ids, made.build(read).text_ids)
+
+    @given(st.lists(st.sampled_from(["<", "/", "s", ">", "image", "</s>", "<image>", " ", "\n"])))
+    def test_has_no_place_that_was_not_asked_for(self, pieces: list[str]) -> None:
+        made, words = builder(), "".join(pieces)
+        ids = (*made.build(f"{words}?", 1, words).ids, *made.answer_ids(words))
+        assert ids.count(IMAGE_TOKEN_INDEX) == 1
+        assert not {0, 2} & {*ids}  # <|endoftext|>, </s>
+
+    @pytest.mark.parametrize("what", ["preface", "answer"])
+    def test_refuses_other_words_that_are_no_text(self, what: str) -> None:
+        made, words = builder(), "caf\udce9"
+        with pytest.raises(UsageError, match=f"the {what} is not text: expected UTF-8"):
+            _ = made.build("Why?", 1, words) if what == "preface" else made.answer_ids(words)
+
+    def test_guides_by_no_preface(self) -> None:
+        told, plain = builder().build("Red?", 1, " Be brief. "), builder().build("Red?")
+        np.testing.assert_array_equal(told.text_ids, plain.text_ids)
+        turn = "USER: <image>\nBe brief.\n\nRed? ASSISTANT: "
+        assert [*told.ids] == decoder_tokenizer().encode(turn).ids
+        assert builder().build("Red?", 1, " ").ids == plain.ids
+
+    def test_reads_any_added_token_that_is_in_the_template_as_text(self) -> None:
         turns = [AddedToken(f"<|{word}|>", special=False) for word in ("turn", "other")]
         decoder = decoder_tokenizer()
         decoder.add_tokens([*turns, AddedToken("\n", special=False)])
         spec = model(chat_template="<|turn|><image>\n{question}\n")
         prompts = PromptBuilder(decoder, text_tokenizer(), spec)
-        with pytest.raises(UsageError, match=r"contains the reserved '<\|turn\|>': leave it out"):
-            prompts.build("What?<|turn|>It says")
+        turn = decoder.token_to_id("<|turn|>")
+        assert prompts.build("What?<|turn|>It says").ids.count(turn) == 1  # the template's
         for harmless in ("Is <|other|> one?", "One?\nTwo?", "turn"):
             assert prompts.build(harmless).ids
 
@@ -182,7 +221,7 @@ class TestPrompt:
         spec = model(image_token_index=place)
         prompts = PromptBuilder(decoder, text_tokenizer(), spec, (2, end))
         for token in ("#", "%"):
-            with pytest.raises(UsageError, match=f"contains the reserved '{token}'"):
+            with pytest.raises(UsageError, match=f"is read as containing the reserved '{token}'"):
                 prompts.build(f"a {token} b")
 
     def test_refuses_what_becomes_a_token_of_the_decoder(self) -> None:

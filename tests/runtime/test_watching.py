@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from ppllava_engines.bundle import Bundle, ModelSpec
 from ppllava_engines.errors import DataError, UsageError
 from ppllava_runtime.answer import Stopwatch
+from ppllava_runtime.local import LOCAL, ahead
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.preprocess import pixel_values
 from ppllava_runtime.trial import write_clip
-from ppllava_runtime.video import ChosenFrames, each_picture, read_clip
-from ppllava_runtime.watching import Seen, ahead, watch_clip, watch_pictures
+from ppllava_runtime.video import ChosenFrames, Sample, each_picture, read_clip
+from ppllava_runtime.watching import Seen, watch_clip, watch_pictures
 from tiny_videos import numbered_frames, write_video
 
 FRAMES = numbered_frames(60)
@@ -57,12 +58,17 @@ def model(bundle: Path) -> ModelSpec:
 
 
 def watch(
-    model: ModelSpec, path: Path, num_frames: int, *span: float | None, run: int = 3, **rest: Any
+    model: ModelSpec,
+    path: Path,
+    num_frames: int,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    run: int = 3,
+    **rest: Any,
 ) -> Seen[Notes]:
     return watch_clip(
-        path,
-        num_frames,
-        *span,
+        LOCAL.clip(path, Sample(num_frames, None, start, end), model.image_size),
         recorder_of=lambda count, coupled: Notes(model, count, coupled, run),
         model=model,
         stopwatch=rest.pop("stopwatch", Stopwatch()),
@@ -166,7 +172,7 @@ class TestClip:
         gc.collect()
         gc.disable()  # what is held in a circle would stay, three megabytes each at 1080p
         try:
-            for _ in ChosenFrames(path, 30):
+            for _ in ChosenFrames(path, Sample(30)):
                 alive = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
                 most = max(most, alive)
         finally:

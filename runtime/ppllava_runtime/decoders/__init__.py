@@ -34,8 +34,8 @@ class Decoder(Protocol):
         """The ids of the answer one by one, each computed when it is asked for.
 
         Ends before an end token or when `constraint` is finished ("stop"), after `max_new_tokens`
-        or when all positions are used ("length"). Several may be alive at once, and one may be
-        dropped half-way: they do not disturb each other.
+        or when all positions are used ("length"). Several may be alive at once, in one thread or in
+        several, and one may be dropped half-way: they do not disturb each other.
 
         The parts of a prompt are run one after another, and those that the last prompt began with
         as well are not run again. The answer is the same, to the last bit, as if they were. Only

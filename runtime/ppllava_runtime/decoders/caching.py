@@ -13,6 +13,7 @@ from ppllava_engines.bundle import DecoderSpec
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.decoders import FinishReason
 from ppllava_runtime.decoders.sampling import Constraint, Sampling
+from ppllava_runtime.lane import Lane
 
 _CACHE_STEP = 256
 
@@ -41,12 +42,20 @@ class CachingDecoder:
         table: (V,D), the embedding of each id; usually memory-mapped.
         spec: What the manifest says of the decoder.
         max_positions: The most tokens of prompt and answer together.
+        lane: Of its device, in which every run is; None is one of its own.
     """
 
-    def __init__(self, table: NDArray[Any], spec: DecoderSpec, max_positions: int) -> None:
+    def __init__(
+        self,
+        table: NDArray[Any],
+        spec: DecoderSpec,
+        max_positions: int,
+        lane: Lane | None = None,
+    ) -> None:
         self._table = table
         self._spec = spec
         self._max_positions = max_positions
+        self._lane = lane or Lane()
         self._idle: _Tape | None = None
 
     @property
@@ -93,10 +102,12 @@ class CachingDecoder:
         needed = min(sum(map(len, parts)) + max_new_tokens - 1, self.max_positions)
         most = min(max_new_tokens, self.max_positions - sum(map(len, parts)) + 1)
         random = np.random.default_rng(sampling.seed)
-        tape, left = self._take_tape(parts, needed)
+        with self._lane:
+            tape, left = self._take_tape(parts, needed)
         try:
             for part in left:
-                logits = tape.run(part)
+                with self._lane:
+                    logits = tape.run(part)
             for count in range(1, most + 1):
                 if constraint is not None:
                     logits[~constraint.allowed()] = -np.inf
@@ -109,7 +120,8 @@ class CachingDecoder:
                 if constraint is not None and constraint.finished:
                     return "stop"
                 if count < most:
-                    logits = tape.run(self.embed([token]), is_step=True)
+                    with self._lane:
+                        logits = tape.run(self.embed([token]), is_step=True)
             return "length"
         finally:
             self._idle = tape

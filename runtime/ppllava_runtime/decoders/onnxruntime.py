@@ -13,6 +13,7 @@ from ppllava_engines.manifest import ROWS_BEFORE_PREFILL
 from ppllava_engines.onnxruntime import open_session
 from ppllava_runtime.arrays import load_array
 from ppllava_runtime.decoders.caching import Cache, CachingDecoder
+from ppllava_runtime.lane import Lane
 
 # Isolated below ppllava_engines, which must be imported first (it switches telemetry off).
 import onnxruntime as ort  # isort: skip
@@ -26,6 +27,7 @@ class OnnxRuntimeDecoder(CachingDecoder):
         prefill: Of the graph for prompts; None where there is only the one.
         table: (V,D), the embedding of each id; usually memory-mapped.
         spec: What the manifest says of these.
+        lane: See `CachingDecoder`.
     """
 
     def __init__(
@@ -34,13 +36,16 @@ class OnnxRuntimeDecoder(CachingDecoder):
         prefill: ort.InferenceSession | None,
         table: NDArray[Any],
         spec: DecoderSpec,
+        lane: Lane | None = None,
     ) -> None:
-        super().__init__(table, spec, spec.max_positions)
+        super().__init__(table, spec, spec.max_positions, lane)
         self._step = step
         self._prefill = prefill
 
     @staticmethod
-    def open(bundle: Bundle, threads: int | None = None) -> OnnxRuntimeDecoder:
+    def open(
+        bundle: Bundle, threads: int | None = None, lane: Lane | None = None
+    ) -> OnnxRuntimeDecoder:
         """The decoder of a bundle.
 
         Raises:
@@ -51,7 +56,7 @@ class OnnxRuntimeDecoder(CachingDecoder):
         table = load_array(bundle.file(spec.embedding), spec.dtype, shape)
         step = open_session(bundle.file(spec.path), threads, awake=True)
         prefill = open_session(bundle.file(spec.prefill), threads) if spec.prefill else None
-        return OnnxRuntimeDecoder(step, prefill, table, spec)
+        return OnnxRuntimeDecoder(step, prefill, table, spec, lane)
 
     def _new_cache(self, capacity: int) -> Cache:
         return _Cache(self._step, self._prefill, self._spec, capacity)

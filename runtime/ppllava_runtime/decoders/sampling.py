@@ -65,7 +65,8 @@ class Sampling:
         order = np.argsort(-logits.astype(np.float64), kind="stable")
         order = order[: self.top_k or None]
         scaled = logits[order].astype(np.float64)
-        weights = np.exp((scaled - scaled[0]) / self.temperature)
+        with np.errstate(over="ignore"):  # what a tiny temperature makes infinite weighs nothing
+            weights = np.exp((scaled - scaled[0]) / self.temperature)
         reached = np.cumsum(weights / weights.sum())
         # The id that crosses top_p is the last one taken, so there always is one.
         reached = reached[: int(np.searchsorted(reached, self.top_p)) + 1]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ppllava_runtime.limits import MediaLimits
+
+
+def _default_spool() -> Path:
+    return Path(tempfile.gettempdir()) / f"ppllava-serve-{os.geteuid()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,9 @@ class Settings:
         head_seconds: From a connection's first byte, or its opening, to the end of its headers.
         body_seconds: From there to the end of the body.
         request_seconds: From the first byte to the end of the answer.
+        num_connections: Open at once; one more is told so and closed.
         drain_seconds: How long a server that was told to stop goes on with what it accepted.
+        spool: Folder for the media of requests that are being answered.
         media: What one file of media may cost.
     """
 
@@ -48,4 +56,6 @@ class Settings:
     body_seconds: float = 60.0
     request_seconds: float = 300.0
     drain_seconds: float = 60.0
-    media: MediaLimits = MediaLimits()
+    num_connections: int = 512
+    spool: Path = field(default_factory=_default_spool)
+    media: MediaLimits = field(default_factory=MediaLimits)

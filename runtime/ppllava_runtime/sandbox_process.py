@@ -1,0 +1,272 @@
+"""A process that decodes one file, and the one that forks it, as they are seen from outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from socket import AF_UNIX, SHUT_RDWR, SOCK_SEQPACKET, SOCK_STREAM, send_fds, socket, socketpair
+from threading import Lock
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+from ppllava_engines.errors import DataError, MediaError, UnavailableError, UsageError
+from ppllava_engines.strict_json import decode, loads
+from ppllava_runtime.limits import MediaLimits
+from ppllava_runtime.sandbox_wire import (
+    ENDED_BYTES,
+    HEADER_BYTES,
+    LENGTH_BYTES,
+    READY,
+    Ended,
+    Failed,
+    Job,
+    Message,
+    packed,
+)
+from ppllava_runtime.watching import Picture
+
+One = TypeVar("One", bound=Message)
+Other = TypeVar("Other", bound=Message)
+
+_START_SECONDS = 60.0
+_END_SECONDS = 5.0  # for a process that has said its last word, or was killed
+_MOST_TEXT = 2000  # characters of what a process says
+# What of the environment Python and the libraries need; keys and such are nobody's business there.
+_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
+
+
+class Tally:
+    """What became of the processes; any thread may add to it.
+
+    Attributes:
+        num_broken: How many broke, or were ended for breaking a limit.
+        peak_bytes: The most memory that one of them had in use.
+    """
+
+    def __init__(self) -> None:
+        self.num_broken = 0
+        self.peak_bytes = 0
+        self._lock = Lock()
+
+    def add(self, ended: Ended | None, broken: bool) -> None:
+        """Counts one."""
+        with self._lock:
+            self.num_broken += broken
+            self.peak_bytes = max(self.peak_bytes, ended.peak_bytes if ended else 0)
+
+
+class Zygote:
+    """The process that forks those that decode.
+
+    Raises:
+        UnavailableError: It does not start.
+    """
+
+    def __init__(self) -> None:
+        self._control, its = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        # As this process finds them, from a folder where nobody else's modules are found first.
+        folders = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+        environment |= {"PYTHONPATH": os.pathsep.join(folders)}
+        # Both take address space: of every thread, and for threads that nobody needs.
+        environment |= {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "ppllava_runtime.sandbox_worker", str(its.fileno())]
+        with its:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[its.fileno()],
+                env=environment,
+                cwd="/",
+            )
+        self._control.settimeout(_START_SECONDS)
+        try:
+            started = self._control.recv(len(READY)) == READY
+        except OSError:
+            started = False
+        except BaseException:
+            self.close()
+            raise
+        if not started:
+            self.close()
+            raise UnavailableError(
+                "sandbox: the process that is to decode did not start "
+                f"(exit code {self._process.returncode}): its reason is above"
+            )
+
+    @property
+    def lives(self) -> bool:
+        """Whether it can be told something."""
+        return self._process.poll() is None
+
+    def begin(self, job: Job, file: int) -> tuple[socket, socket]:
+        """What a process that decodes `file` says, and how it ended; see `Run`.
+
+        Raises:
+            OSError: The zygote is dead.
+        """
+        data, its_data = socketpair(AF_UNIX, SOCK_STREAM)
+        status, its_status = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        with its_data, its_status:
+            try:
+                descriptors = [its_data.fileno(), its_status.fileno(), file]
+                send_fds(self._control, [packed(job)], descriptors)
+            except BaseException:
+                data.close()
+                status.close()
+                raise
+        return data, status
+
+    def close(self) -> None:
+        """Ends it, and with it all that it forked."""
+        self._control.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Run:
+    """One process that decodes one file, as it is seen from outside.
+
+    Args:
+        limits: Which it was given.
+        tally: Where its end is counted.
+        what: "video clip.mp4", to begin a sentence with.
+        data: What it says.
+        status: How it ended, which the zygote says; closing it ends the process.
+    """
+
+    def __init__(
+        self, limits: MediaLimits, tally: Tally, what: str, data: socket, status: socket
+    ) -> None:
+        self._limits = limits
+        self._tally = tally
+        self._what = what
+        self._data = data
+        self._status = status
+        self._seconds_left = limits.wall_seconds
+        self._buried = False
+
+    @overload
+    def take(self, one: type[One]) -> One: ...
+    @overload
+    def take(self, one: type[One], other: type[Other]) -> One | Other: ...
+    def take(self, one: type[One], other: type[Other] | None = None) -> One | Other:
+        """The next message, which must be of such a kind.
+
+        Raises:
+            MediaError: What is wrong with the file, or what became of the process.
+            UsageError: What is wrong with what was asked.
+        """
+        length = int.from_bytes(self._exactly(LENGTH_BYTES), "big")
+        if length > HEADER_BYTES:
+            raise self.broken(f"it announced a message of {length} bytes")
+        content = self._exactly(length)
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in (one, other or one, Failed)}
+        try:
+            name, fields = loads(content.decode(), "message")
+            message: One | Other | Failed = decode(kinds[name], fields, name)
+        except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self.broken("what it said cannot be understood") from error
+        if isinstance(message, Failed):
+            self.finish()
+            failure = UsageError if message.asked_wrong else MediaError
+            raise failure(plain(message.message))
+        return message
+
+    def pixels(self, height: int, width: int) -> Picture:
+        """The picture (height,width,3) that was announced."""
+        picture = np.empty((height, width, 3), np.uint8)
+        self._fill(picture.data.cast("B"))
+        return picture
+
+    def broken(self, reason: str) -> MediaError:
+        """What to raise when the process does what it never should."""
+        self._tally.add(None, broken=True)
+        return MediaError(f"{self._what}: it broke its decoder ({reason})")
+
+    def finish(self) -> None:
+        """Waits for the process to end, which it does now by itself."""
+        if not self._buried:
+            self._buried = True
+            self._tally.add(self._ended(), broken=False)
+
+    def kill(self) -> None:
+        """Ends the process soon; any thread may do so."""
+        try:
+            self._status.shutdown(SHUT_RDWR)
+        except OSError:  # it is closed, and the process has ended
+            return
+
+    def close(self) -> None:
+        """Ends the process, if it has not ended."""
+        self._status.close()
+        self._data.close()
+
+    def _exactly(self, length: int) -> bytearray:
+        content = bytearray(length)
+        self._fill(memoryview(content))
+        return content
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            began = time.monotonic()
+            self._data.settimeout(max(self._seconds_left, 1e-3))
+            try:
+                found = self._data.recv_into(view)
+            except TimeoutError:
+                raise self._slow() from None
+            except ConnectionError:
+                found = 0
+            self._seconds_left -= time.monotonic() - began
+            if found == 0:
+                raise self._verdict()
+            view = view[found:]
+
+    def _slow(self) -> MediaError:
+        self._tally.add(None, broken=True)
+        return MediaError(
+            f"{self._what}: decoding it takes more than {self._limits.wall_seconds:g} s: "
+            "make it shorter or smaller"
+        )
+
+    def _verdict(self) -> MediaError:
+        """Why a process ended without a word."""
+        self._buried = True
+        ended, limits = self._ended(), self._limits
+        self._tally.add(ended, broken=True)
+        if ended is None:
+            return MediaError(f"{self._what}: the process that decoded it was ended from outside")
+        slow = ended.signal == signal.SIGXCPU or ended.cpu_seconds >= math.ceil(limits.cpu_seconds)
+        if slow:
+            return MediaError(
+                f"{self._what}: decoding it takes more than {limits.cpu_seconds:g} s of a "
+                "processor's time: make it shorter or smaller"
+            )
+        names = {known.value: known.name for known in signal.Signals}
+        killed = names.get(ended.signal, f"signal {ended.signal}")
+        reason = killed if ended.signal else f"exit code {ended.code}"
+        return MediaError(f"{self._what}: it broke its decoder ({reason})")
+
+    def _ended(self) -> Ended | None:
+        """How it ended; None when there is nobody left to say it."""
+        self._status.settimeout(_END_SECONDS)
+        try:
+            content = self._status.recv(ENDED_BYTES)
+        except OSError:
+            return None
+        return decode(Ended, json.loads(content), "end") if content else None
+
+
+def plain(text: str) -> str:
+    """A text from a process that is not trusted, on one line and of a bearable length."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_MOST_TEXT])

@@ -1,0 +1,99 @@
+"""Work that a thread does while the event loop goes on: its items come out there, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from contextlib import closing
+from threading import Lock
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Left(Exception):
+    """Nobody waits any more for what is being made."""
+
+
+class Check:
+    """Whether anybody still waits; to be called between any two steps, and as a `Progress`."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._has_left = False
+        self._ends: list[Callable[[], object]] = []
+
+    def __call__(self, *_: int) -> None:
+        """Passes where somebody waits.
+
+        Raises:
+            Left: Nobody does.
+        """
+        if self._has_left:
+            raise Left
+
+    def leave(self) -> None:
+        """From now on nobody waits."""
+        with self._lock:
+            self._has_left = True
+        for end in self._ends:
+            end()
+
+    def on_leaving(self, end: Callable[[], object]) -> None:
+        """Has `end` called, from another thread, when nobody waits any more."""
+        with self._lock:
+            self._ends.append(end)
+            has_left = self._has_left
+        if has_left:
+            end()
+
+
+async def in_thread(
+    threads: Executor,
+    produce: Callable[[Check], Generator[Item, None, None]],
+    put: Callable[[Item], object],
+) -> None:
+    """Nothing, once a thread has produced all items and each was `put` in the event loop.
+
+    Cancelling it ends the production at its next step; it returns when that has happened, so that
+    whatever it stands in is not given to others before.
+
+    Args:
+        threads: Where the thread is from.
+        produce: What the thread runs: it is closed where it stands when nobody waits.
+        put: Called in the event loop.
+
+    Raises:
+        Exception: What `produce` raises.
+    """
+    loop, check = asyncio.get_running_loop(), Check()
+
+    def work() -> None:
+        with closing(produce(check)) as items:
+            for item in items:
+                check()
+                loop.call_soon_threadsafe(put, item)
+
+    working = loop.run_in_executor(threads, work)
+    try:
+        await asyncio.wait([working])
+    except asyncio.CancelledError:
+        # In another thread, as to end something may take until the device is free.
+        await settled(working, loop.run_in_executor(None, check.leave))
+        if not working.cancelled():
+            working.exception()  # looked at, though nobody is to hear of it
+        raise
+    working.result()
+
+
+async def settled(*futures: asyncio.Future[None]) -> None:
+    """Nothing, once all are done, however often this is cancelled meanwhile."""
+    cancelled = False
+    while waiting := [future for future in futures if not future.done()]:
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError

@@ -1,0 +1,199 @@
+"""The application: its routes, and its life from loading to draining."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ppllava_engines.memory_layout import MemoryKind
+from ppllava_runtime.server import metrics, page
+from ppllava_runtime.server.completions import chat_completions
+from ppllava_runtime.server.errors import ApiError, error_response
+from ppllava_runtime.server.gate import Gate
+from ppllava_runtime.server.live_socket import live_socket
+from ppllava_runtime.server.openapi import openapi
+from ppllava_runtime.server.service import Service
+from ppllava_runtime.server.settings import Settings
+
+_NO_STORE = {"cache-control": "no-store"}
+# Of the page's own answers, which say more, these stay as they are.
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+
+
+def create_app(
+    bundle: Path,
+    settings: Settings | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    memory: MemoryKind = "hidden",
+) -> Starlette:
+    """The whole server as an application of ASGI; its lifespan loads the model.
+
+    Args:
+        bundle: The exported model.
+        settings: See there; None is the defaults.
+        device: See `Assistant`.
+        threads: See `Assistant`.
+        memory: See `Assistant`.
+
+    Raises:
+        DataError, IncompatibleError, NotFoundError, UsageError: See `Assistant.open`.
+        StorageError: No folder for media can be made.
+    """
+    service = Service.open(bundle, settings or Settings(), device, threads, memory)
+    return app_of(service)
+
+
+def app_of(service: Service) -> Starlette:
+    """The application around a service that is there."""
+    routes = _routes()
+    paths = frozenset(route.path for route in routes if isinstance(route, Route | WebSocketRoute))
+    app = Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(_Ledger, service=service, paths=paths),
+            Middleware(Gate, service=service),
+        ],
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: error_response,
+        },
+        lifespan=_lifespan,
+    )
+    app.state.service = service
+    return app
+
+
+def _routes() -> list[BaseRoute]:
+    return [
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/models", _models, methods=["GET"]),
+        Route("/v1/models/{model:path}", _model, methods=["GET"]),
+        Route("/health", _health, methods=["GET"]),
+        Route("/health/ready", _ready, methods=["GET"]),
+        Route("/metrics", _metrics, methods=["GET"]),
+        Route("/openapi.json", openapi, methods=["GET"]),
+        WebSocketRoute("/v1/video/chat/stream", live_socket),
+        *page.page_routes(),
+    ]
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Loads the model while /health/ready already answers, and puts everything away at the end."""
+    service: Service = app.state.service
+    service.loading = asyncio.create_task(service.load())
+    try:
+        yield
+    finally:
+        service.drain()
+        await service.close()
+
+
+async def _models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(request.app.state.service)]})
+
+
+async def _model(request: Request) -> Response:
+    service, asked = request.app.state.service, request.path_params["model"]
+    if asked != service.model_id:
+        raise ApiError(
+            404,
+            f"model {asked!r}: there is no such model here, expected {service.model_id!r}",
+            code="model_not_found",
+            param="model",
+        )
+    return JSONResponse(_card(service))
+
+
+def _card(service: Service) -> dict[str, object]:
+    return {
+        "id": service.model_id,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "ppllava-edge",
+    }
+
+
+async def _health(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    request.app.state.service.check_ready()
+    return JSONResponse({"status": "ready"})
+
+
+async def _metrics(request: Request) -> Response:
+    shown = request.app.state.service.metrics.render()
+    return Response(shown, headers={"content-type": metrics.CONTENT_TYPE})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette refuses by itself, in OpenAI's words."""
+    assert isinstance(error, HTTPException)
+    status, path = error.status_code, request.url.path
+    message = {
+        404: f"route {path!r}: there is nothing here, expected one of those in /openapi.json",
+        405: f"route {path!r}: {request.method} has no meaning here, see /openapi.json",
+    }.get(status, f"route {path!r}: {error.detail}")
+    code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+    response = ApiError(status, message, code=code).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+class _Ledger:
+    """Counts responses, adds the headers that all of them have, and answers where nobody could."""
+
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = service.metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, has_begun = time.perf_counter(), False
+        status = 499  # nobody waited for the response
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun, status
+            if message["type"] == "http.response.start":
+                has_begun, status = True, message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if has_begun:  # half an answer must not look like a whole one
+                raise
+            await ApiError.of(error).response()(scope, receive, noting)
+        finally:
+            # Names of others' making would be as many as they like.
+            route = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.responded(route, status, time.perf_counter() - began)

@@ -1,0 +1,200 @@
+"""What a request shows → files of that request → what the assistant remembers of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from ppllava_engines.errors import MediaError, PPLLaVAError
+from ppllava_runtime.conversation import Video
+from ppllava_runtime.server.asked import Item
+from ppllava_runtime.server.errors import ApiError
+from ppllava_runtime.server.replies import Seen
+from ppllava_runtime.watching import Progress
+
+if TYPE_CHECKING:
+    from ppllava_runtime.server.service import Service
+    from ppllava_runtime.server.spool import Spooled
+
+_MOST_NAMES = 4096
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Something that was seen under a name.
+
+    Attributes:
+        key: By which the assistant recalls it.
+        seen: What is told of each item.
+    """
+
+    key: str
+    seen: tuple[Seen, ...]
+
+
+class Uuids:
+    """The names that tenants gave to what they showed, the last ones. Threads may share it.
+
+    Args:
+        most: How many of them.
+    """
+
+    def __init__(self, most: int = _MOST_NAMES) -> None:
+        self._most = most
+        self._lock = Lock()
+        self._found: OrderedDict[str, Remembered] = OrderedDict()  # the one used last is last
+
+    def get(self, tenant: str, items: Sequence[Item]) -> Remembered | None:
+        """What this tenant showed under these names, sampled in the same way."""
+        name = _name(tenant, items)
+        with self._lock:
+            if name in self._found:
+                self._found.move_to_end(name)
+            return self._found.get(name)
+
+    def put(self, tenant: str, items: Sequence[Item], remembered: Remembered) -> None:
+        """From now on these names are of this."""
+        name = _name(tenant, items)
+        with self._lock:
+            self._found[name] = remembered
+            self._found.move_to_end(name)
+            if len(self._found) > self._most:
+                self._found.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class Media:
+    """The media of one request.
+
+    Attributes:
+        items: As they were asked for.
+        files: Of each item; empty where they are only named.
+        tenant: Whose they are.
+    """
+
+    items: tuple[Item, ...]
+    files: tuple[tuple[Spooled, ...], ...]
+    tenant: str
+
+    def see(self, service: Service, progress: Progress) -> tuple[Video, tuple[Seen, ...]] | None:
+        """What there is to be seen, and what to tell of each item; None where there is nothing.
+
+        Raises:
+            ApiError: It cannot be read, is more than the server takes, or is not remembered.
+            Exception: What `progress` raises.
+        """
+        if not self.items:
+            return None
+        if self.items[0].urls is None:
+            return self._recalled(service)
+        names = self._names()
+        try:
+            video = self._watched(service, progress)
+        except PPLLaVAError as error:
+            if isinstance(error, MediaError):
+                service.metrics.media_failed()
+            raise _named(ApiError.of(error), names) from error
+        seen = tuple(self._seen(video, names))
+        if video.key is not None and all(item.uuid for item in self.items):
+            service.uuids.put(self.tenant, self.items, Remembered(video.key, seen))
+        return video, seen
+
+    def _recalled(self, service: Service) -> tuple[Video, tuple[Seen, ...]]:
+        remembered = service.uuids.get(self.tenant, self.items)
+        video = None if remembered is None else service.assistant.recall(remembered.key)
+        if remembered is None or video is None:
+            item = self.items[0]
+            raise ApiError(
+                404,
+                f"media {item.param}: nothing is remembered under this uuid with this sampling: "
+                "send it again",
+                code="media_not_found",
+                param=item.param,
+            )
+        return video, remembered.seen
+
+    def _watched(self, service: Service, progress: Progress) -> Video:
+        assistant, item = service.assistant, self.items[0]
+        paths = [file.path for files in self.files for file in files]
+        fps, num_frames = item.fps, item.num_frames
+        if item.kind == "video":
+            (path,) = paths
+            return assistant.watch(path, num_frames, progress=progress, fps=fps, owner=self.tenant)
+        return assistant.look(paths, progress, fps=fps, num_frames=num_frames, owner=self.tenant)
+
+    def _names(self) -> dict[str, str]:
+        """What files are called in the request, by their paths, which are nobody's business."""
+        names = {}
+        for item, files in zip(self.items, self.files, strict=True):
+            for i, file in enumerate(files):
+                inside = f".frames[{i}]" if item.kind == "frames" else ""
+                names[str(file.path)] = item.param + inside
+        return names
+
+    def _seen(self, video: Video, names: Mapping[str, str]) -> Iterator[Seen]:
+        is_video = video.memory.kind == "video"
+        damage = video.info.damage and _renamed(video.info.damage, names)
+        for item, files in zip(self.items, self.files, strict=True):
+            hashes = [file.sha256 for file in files]
+            if item.kind == "frames":
+                hashes = [hashlib.sha256("".join(hashes).encode()).hexdigest()]
+            yield Seen(
+                kind="video" if is_video else "image",
+                uuid=item.uuid,
+                sha256=hashes[0],
+                timestamps=[float(t) for t in video.info.timestamps] if is_video else [],
+                # Of several pictures it names those that it is about.
+                damage=damage if damage and (is_video or item.param in damage) else None,
+            )
+
+
+@asynccontextmanager
+async def gathered(service: Service, items: tuple[Item, ...], tenant: str) -> AsyncIterator[Media]:
+    """The media of a request, as files for the time of the block.
+
+    Raises:
+        ApiError: A URL that may not be opened, or cannot be; names its place.
+    """
+    async with service.spool.request() as spool:
+        files = []
+        for item in items:
+            of_item = []
+            for url in item.urls or ():
+                try:
+                    of_item.append(await spool.add(service.fetcher.fetch(url)))
+                except ApiError as error:
+                    error.param = error.param or item.param
+                    raise
+            files.append(tuple(of_item))
+        yield Media(items, tuple(files), tenant)
+
+
+def _named(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The failure with files called as in the request."""
+    param = next((name for path, name in names.items() if path in error.message), None)
+    return ApiError(
+        error.status,
+        _renamed(error.message, names),
+        code=error.code,
+        param=param,
+        type=error.type,
+        retry_after=error.retry_after,
+    )
+
+
+def _renamed(message: str, names: Mapping[str, str]) -> str:
+    for path, name in names.items():
+        message = message.replace(path, name)
+    return message
+
+
+def _name(tenant: str, items: Sequence[Item]) -> str:
+    """One of a fixed length, however long those are that were given."""
+    given = [(item.kind, item.uuid, item.fps, item.num_frames) for item in items]
+    return hashlib.sha256(json.dumps([tenant, given]).encode()).hexdigest()

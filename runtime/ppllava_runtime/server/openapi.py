@@ -1,0 +1,200 @@
+"""GET /openapi.json: what can be asked of this server, and every way in which it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ppllava_runtime.server.replies import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+)
+from ppllava_runtime.server.schema import ChatCompletionRequest
+
+_REQUESTS: tuple[type[BaseModel], ...] = (ChatCompletionRequest,)
+_REPLIES: tuple[type[BaseModel], ...] = (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+)
+_FAILURES = {
+    400: "It has no meaning, or its media cannot be read; the message says what to change.",
+    401: "There is no key, or a wrong one.",
+    403: "It comes from another place than it may.",
+    404: "There is no such model, or no media of that uuid: send them again.",
+    408: "It took too long to arrive.",
+    413: "It is larger than the server takes.",
+    429: "Too much is asked at once.",
+    500: "The server failed; its log says why.",
+    503: "The server is not ready yet, or is about to end.",
+}
+_RETRY_AFTER = {
+    "retry-after": {
+        "description": "Seconds after which to try again.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+# Of a stream, this is one event.
+_EVENT = {
+    "type": "object",
+    "description": "With `stream`: pieces of the answer or, where answering fails half-way, the "
+    "failure; then, as the last one, [DONE].",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "if": {"const": "[DONE]"},
+            "then": {"type": "string"},
+            "else": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {
+                    "anyOf": [
+                        {"$ref": "#/components/schemas/ChatCompletionChunk"},
+                        {"$ref": "#/components/schemas/ErrorBody"},
+                    ]
+                },
+            },
+        }
+    },
+}
+_WITH_KEY = (400, 401, 403, 408, 413, 503)
+
+
+async def openapi(request: Request) -> Response:
+    """The document of this server."""
+    service = request.app.state.service
+    return JSONResponse(document(service.model_id, needs_key=bool(service.settings.api_keys)))
+
+
+def document(model: str, *, needs_key: bool) -> dict[str, Any]:
+    """The document of a server.
+
+    Args:
+        model: What requests have to name as their model.
+        needs_key: Whether a key is asked for.
+    """
+    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        *((kind, "validation") for kind in _REQUESTS),
+        *((kind, "serialization") for kind in _REPLIES),
+    ]
+    _, found = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+    schemas = found["$defs"]
+    schemas["ChatCompletionRequest"]["properties"]["model"]["enum"] = [model]
+    components: dict[str, Any] = {"schemas": schemas}
+    if needs_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    security: list[dict[str, list[str]]] = [{"key": []}] if needs_key else []
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "PPLLaVA Edge",
+            "description": "Answers questions about videos and pictures, as OpenAI's chat "
+            "completions do. Live video is asked about over the WebSocket /v1/video/chat/stream.",
+            "version": version("ppllava-edge"),
+        },
+        "paths": _paths(model, security),
+        "components": components,
+    }
+
+
+def _paths(model: str, security: list[dict[str, list[str]]]) -> dict[str, Any]:
+    completion = _operation(
+        "An answer, whole or as a stream.",
+        _json("The answer.", "ChatCompletion"),
+        (*_WITH_KEY, 404, 429, 500),
+        security,
+    )
+    completion["requestBody"] = {
+        "required": True,
+        "content": {"application/json": {"schema": _ref("ChatCompletionRequest")}},
+    }
+    completion["responses"]["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
+    name = {
+        "name": "model",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+        "example": model,
+    }
+    one_model = _operation(
+        "The model that is served.",
+        _json("The model.", "ModelCard"),
+        (*_WITH_KEY, 404),
+        security,
+    )
+    return {
+        "/v1/chat/completions": {"post": completion},
+        "/v1/models": {
+            "get": _operation(
+                "The models that are served: one.",
+                _json("The models.", "ModelList"),
+                _WITH_KEY,
+                security,
+            )
+        },
+        "/v1/models/{model}": {"get": one_model | {"parameters": [name]}},
+        "/health": {
+            "get": _operation("Whether the server is there.", _json("It is.", "Health"), (403, 408))
+        },
+        "/health/ready": {
+            "get": _operation(
+                "Whether the server answers.", _json("It does.", "Health"), (403, 408, 503)
+            )
+        },
+        "/metrics": {
+            "get": _operation(
+                "What the server counts, for Prometheus.",
+                _content("The counts.", "text/plain", {"type": "string"}),
+                (401, 403, 408),
+                security,
+            )
+        },
+        "/openapi.json": {
+            "get": _operation(
+                "This document.",
+                _content("The document.", "application/json", {"type": "object"}),
+                (403, 408),
+            )
+        },
+    }
+
+
+def _operation(
+    summary: str,
+    answer: Mapping[str, Any],
+    failures: Iterable[int],
+    security: list[dict[str, list[str]]] | None = None,
+) -> dict[str, Any]:
+    responses: dict[str, Any] = {"200": answer}
+    for status in sorted(failures):
+        failure = _json(_FAILURES[status], "ErrorBody")
+        if status in (429, 503):
+            failure["headers"] = _RETRY_AFTER
+        responses[str(status)] = failure
+    operation: dict[str, Any] = {"summary": summary, "responses": responses}
+    return operation | ({"security": security} if security else {})
+
+
+def _json(description: str, schema: str) -> dict[str, Any]:
+    return _content(description, "application/json", _ref(schema))
+
+
+def _content(description: str, media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": schema}}}
+
+
+def _ref(schema: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{schema}"}

@@ -1,0 +1,164 @@
+"""HTTP/1.1 with a deadline for each part of a request, which uvicorn does not have.
+
+A connection that sends no head, half a head or half a body costs a socket and no more, and that
+not for long; one that does not read its answer loses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any, Literal
+
+import h11
+from uvicorn import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from ppllava_runtime.server.errors import ApiError
+from ppllava_runtime.server.settings import Settings
+
+Phase = Literal["idle", "head", "body", "answer"]
+
+
+def protocol_of(settings: Settings) -> type[asyncio.Protocol]:
+    """The class that uvicorn makes one of for each connection, with the deadlines of `settings`."""
+
+    class Protocol(DeadlineProtocol):
+        def __init__(
+            self,
+            config: Config,
+            server_state: ServerState,
+            app_state: dict[str, Any],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ) -> None:
+            super().__init__(config, server_state, app_state, _loop)
+            self.settings = settings
+
+    return Protocol
+
+
+class DeadlineProtocol(H11Protocol):
+    """One connection.
+
+    Attributes:
+        settings: Of the deadlines, and how many connections there may be.
+    """
+
+    settings: Settings
+    _began = 0.0  # when the first byte of the request came
+    _phase: Phase = "idle"
+    _alarm: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the deadline of the first head; one connection too many is told and closed."""
+        super().connection_made(transport)
+        if len(self.connections) > self.settings.num_connections:
+            self._refuse(
+                503,
+                f"{len(self.connections)} connections are open, expected at most "
+                f"{self.settings.num_connections}: try again in a few seconds",
+                "too_many_connections",
+            )
+            return
+        self._began = self.loop.time()
+        self._enter("head")
+
+    def data_received(self, data: bytes) -> None:
+        """Hands bytes on, and sees which part of a request they end."""
+        if self.transport.is_closing():
+            return
+        if self._phase == "idle":
+            self._began = self.loop.time()
+            self._enter("head")
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        """Goes on to the next request, of which the first bytes may be there."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._enter("idle")
+            return
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the deadline."""
+        self._enter("idle")
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hands the connection on: from here on it is no request."""
+        self._enter("idle")
+        super().handle_websocket_upgrade(event)
+
+    def _look(self) -> None:
+        """Finds the phase anew from where the other side is."""
+        theirs = self.conn.their_state
+        handed_on = self.transport.get_protocol() is not self  # to a WebSocket
+        if handed_on or self.transport.is_closing() or theirs is h11.ERROR:
+            phase: Phase = "idle"
+        elif theirs is h11.IDLE:
+            begun = bool(self.conn.trailing_data[0])
+            phase = "head" if begun or self._phase == "head" else "idle"
+        elif theirs is h11.SEND_BODY:
+            phase = "body"
+        elif self.cycle is not None and not self.cycle.response_complete:
+            phase = "answer"
+        else:
+            phase = "idle"
+        if phase == "head" and self._phase != "head":
+            self._began = self.loop.time()
+        if phase != self._phase:
+            self._enter(phase)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        settings = self.settings
+        now = self.loop.time()
+        end = {
+            "head": self._began + settings.head_seconds,
+            "body": now + settings.body_seconds,
+            "answer": self._began + settings.request_seconds,
+        }.get(phase)
+        if end is not None:
+            last = self._began + settings.request_seconds
+            self._alarm = self.loop.call_at(min(end, last), partial(self._expire, phase))
+
+    def _expire(self, phase: Phase) -> None:
+        seconds = {
+            "head": self.settings.head_seconds,
+            "body": self.settings.body_seconds,
+            "answer": self.settings.request_seconds,
+        }[phase]
+        if phase == "answer":
+            sentence = f"the answer took longer than {seconds:g} s: ask for less"
+            self._refuse(408, sentence, "timeout")
+        else:
+            sentence = f"the {phase} of the request took longer than {seconds:g} s: send it at once"
+            self._refuse(408, sentence, "timeout")
+
+    def _refuse(self, status: int, sentence: str, code: str) -> None:
+        """Ends the connection, with a sentence where nothing has been said yet."""
+        self._enter("idle")
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = ApiError(status, f"connection: {sentence}", code=code)
+            response = error.response()
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            events = (
+                h11.Response(status_code=status, headers=headers),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            )
+            for event in events:
+                self.transport.write(self.conn.send(event))
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+        if self.transport.get_write_buffer_size():  # of one who does not read, close() would wait
+            self.transport.abort()
+        else:
+            self.transport.close()

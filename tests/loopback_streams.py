@@ -1,0 +1,28 @@
+"""Live streams of numbered frames on the loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.loopback_streams import Kind, LiveServer
+
+from tiny_videos import numbered_frames, write_video
+
+NUM_NUMBERS = 20  # of the frames that are sent over and over
+
+
+@contextmanager
+def live_server(
+    folder: Path, kind: Kind = "http", fps: float = 25, password: str = ""
+) -> Iterator[LiveServer]:
+    """A server whose frames are numbered from 0 to NUM_NUMBERS, each by itself decodable."""
+    path = folder / "live.ts"
+    if not path.exists():
+        write_video(path, numbered_frames(NUM_NUMBERS), options={"g": "1", "tune": "zerolatency"})
+    server = LiveServer(kind, path.read_bytes(), NUM_NUMBERS, fps, password)
+    try:
+        yield server
+    finally:
+        server.close()

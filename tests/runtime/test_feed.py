@@ -1,0 +1,272 @@
+"""What comes between a source and the encoder: a rate, one place to wait, and patience."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from threading import Condition, Event
+
+import numpy as np
+import pytest
+
+from ppllava_engines.errors import DataError, UnavailableError, UsageError
+from ppllava_runtime.feed import Backoff, Clock, Feed, Pace, Patience
+from ppllava_runtime.newest import Follower, Newest
+from ppllava_runtime.sources import Lost, Recording, Shot
+from tiny_videos import numbered_frames, read_number, write_video
+
+PICTURE = np.zeros((4, 4, 3), np.uint8)
+SOON = Patience(first=30, silence=0.2, least=0.01, most=0.02)
+
+
+class Script:
+    """A source that does at each opening what the next of `acts` says."""
+
+    name = "source of a test"
+    is_recorded = False
+
+    def __init__(self, *acts: Callable[[Event], Generator[Shot, None, None]]) -> None:
+        self.acts = list(acts)
+        self.num_openings = 0
+
+    def shots(self, left: Event) -> Generator[Shot, None, None]:
+        act = self.acts[min(self.num_openings, len(self.acts) - 1)]
+        self.num_openings += 1
+        yield from act(left)
+
+
+class JumpingClock(Clock):
+    """A clock of which no wait takes time."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.waits: list[float] = []
+
+    def now(self) -> float:
+        return self.seconds
+
+    def wait(self, changed: Condition, seconds: float | None) -> None:
+        assert seconds is not None
+        self.waits.append(seconds)
+        self.seconds += seconds
+        changed.wait(0.001)
+
+
+def gives(count: int) -> Callable[[Event], Generator[Shot, None, None]]:
+    def act(_: Event) -> Generator[Shot, None, None]:
+        for _number in range(count):
+            yield Shot(None, lambda: PICTURE)
+        raise Lost("it broke off")
+
+    return act
+
+
+def goes_on(left: Event) -> Generator[Shot, None, None]:
+    while not left.wait(0.002):
+        yield Shot(None, lambda: PICTURE)
+
+
+def reached(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it is true in time."""
+    until = time.monotonic() + seconds
+    waiting = Event()
+    while not condition() and time.monotonic() < until:
+        waiting.wait(0.005)
+    return condition()
+
+
+@pytest.mark.parametrize(
+    ("source", "fps", "expected"), [(25, 5, 5), (30, 2, 2), (25, 25, 25), (7, 3, 3), (2, 5, 2)]
+)
+def test_a_pace_takes_so_many_a_second(source: float, fps: float, expected: float) -> None:
+    chance, pace = random.Random(0), Pace(fps)
+    times = [number / source + chance.uniform(-0.1, 0.1) / source for number in range(1000)]
+    taken = [seconds for seconds in times if pace.takes(seconds)]
+    seconds = 1000 / source
+    assert abs(len(taken) - expected * seconds) <= 0.02 * expected * seconds + 1
+
+
+def test_a_pace_takes_no_more_after_a_gap() -> None:
+    pace = Pace(2)
+    assert [pace.takes(second) for second in (0, 0.1, 0.5, 100, 100.1, 100.2, 100.5)] == [
+        True, False, True, True, False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_a_pace_is_positive(fps: float) -> None:
+    with pytest.raises(UsageError, match="expected more than 0"):
+        Pace(fps)
+
+
+def test_backs_off_longer_and_longer_and_by_chance() -> None:
+    patience = Patience(least=0.5, most=15)
+    backoff = Backoff(patience, random.Random(1))
+    waits = [backoff.next() for _ in range(2000)]
+    for tries, wait in enumerate(waits):
+        longest = min(15, 0.5 * 2 ** min(tries, 30))
+        assert longest / 2 <= wait <= longest
+    assert len(set(waits)) == len(waits)
+    backoff.reset()
+    assert backoff.next() <= 0.5
+
+
+def test_the_newest_waits_and_the_others_are_counted() -> None:
+    newest: Newest[int] = Newest()
+    for number in range(5):
+        newest.put(number)
+    assert newest.take() == 4
+    assert (newest.num_put, newest.num_dropped) == (5, 4)
+    assert not newest.settle(0.01)  # it is in hand
+    newest.put(5)
+    newest.close(DataError("the end"))
+    newest.put(6)
+    assert newest.take() == 5
+    with pytest.raises(DataError, match="the end"):
+        newest.take()
+    assert newest.settle(0)
+    assert newest.num_put == 6
+
+
+def test_a_slow_follower_gets_the_newest() -> None:
+    newest: Newest[int] = Newest()
+    begun, go_on = Event(), Event()
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        done.append(number)
+
+    follower = Follower(newest, work)
+    newest.put(0)
+    assert begun.wait(20)
+    for number in range(1, 10):
+        newest.put(number)
+    go_on.set()
+    assert newest.settle(20)
+    assert done == [0, 9]
+    assert newest.num_dropped == 8
+    follower.close()
+    assert not follower.wait_for(lambda: False)
+
+
+def test_a_follower_tells_what_ended_it() -> None:
+    newest: Newest[int] = Newest()
+    told: list[str] = []
+
+    def work(number: int) -> None:
+        if number:
+            raise DataError(f"frame {number}: it is broken")
+
+    patient = Follower(newest, work, lambda error: told.append(str(error)))
+    newest.put(1)
+    assert reached(lambda: told == ["frame 1: it is broken"])
+    newest.put(0)
+    assert newest.settle(20)
+    patient.close()
+    other: Newest[int] = Newest()
+    follower = Follower(other, work)
+    other.put(2)
+    with pytest.raises(DataError, match="frame 2"):
+        follower.wait_for(lambda: False)
+    follower.close()
+
+
+def test_plays_a_recording_at_its_times(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", numbered_frames(12), fps=25)
+    began = time.monotonic()
+    found = []
+    with Feed(Recording(path), 100) as feed:
+        while (frame := feed.frames.take()) is not None:
+            found.append((read_number(frame.picture), round(frame.seconds, 4)))
+    assert time.monotonic() - began >= 11 / 25
+    assert found == [(number, number / 25) for number in range(12)]
+    assert (feed.num_seen, feed.num_dropped, feed.num_lost) == (12, 0, 0)
+
+
+def test_drops_what_a_slow_encoder_does_not_take(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", numbered_frames(12), fps=100)
+    with Feed(Recording(path), 100) as feed:
+        first = feed.frames.take()
+        assert reached(lambda: feed.frames.num_put == 12)
+        last = feed.frames.take()
+        assert first is not None
+        assert last is not None
+        assert read_number(last.picture) == 11
+        assert feed.num_dropped == 10 - read_number(first.picture)
+        assert feed.frames.take() is None
+
+
+def test_makes_no_pictures_but_those_of_its_rate(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", numbered_frames(50), fps=100)
+    with Feed(Recording(path), 20) as feed:
+        while feed.frames.take() is not None:
+            pass
+        assert feed.num_seen == 50
+        assert feed.frames.num_put == 11  # a quarter of their distance early, but for the first
+
+
+def test_comes_back_after_each_loss() -> None:
+    told: list[str] = []
+    source = Script(*[gives(3)] * 20, goes_on)
+    with Feed(source, 1000, patience=SOON, tell=told.append) as feed:
+        assert reached(lambda: feed.num_recovered == 20)
+    assert feed.num_lost == 20
+    assert source.num_openings == 21
+    assert "source of a test: lost (it broke off), next try in 0.0 s" in told
+    assert told.count("source of a test: here again") == 20
+
+
+def test_gives_up_a_source_that_is_silent_or_hangs() -> None:
+    released = Event()
+
+    def is_silent(left: Event) -> Generator[Shot, None, None]:
+        yield Shot(None, lambda: PICTURE)
+        left.wait(20)
+
+    def hangs(_: Event) -> Generator[Shot, None, None]:
+        yield Shot(None, lambda: PICTURE)
+        released.wait(20)
+        yield Shot(None, lambda: PICTURE)  # which nobody wants any more
+
+    told: list[str] = []
+    with Feed(Script(is_silent, hangs, goes_on), 1000, patience=SOON, tell=told.append) as feed:
+        assert reached(lambda: feed.num_recovered == 2)
+        assert "source of a test: lost (no picture for 0.2 s), next try in 0.0 s" in told
+        before = feed.num_lost
+        released.set()
+        seen = feed.num_seen
+        assert reached(lambda: feed.num_seen > seen + 5)
+        assert feed.num_lost == before == 2
+
+
+def test_gives_up_what_never_gave_a_picture() -> None:
+    clock = JumpingClock()
+    feed = Feed(Script(gives(0)), 1, clock=clock, chance=random.Random(0))
+    with feed, pytest.raises(UnavailableError) as error:
+        feed.frames.take()
+    assert "source of a test: no picture came in" in str(error.value)
+    assert 30 <= clock.seconds < 60
+    assert feed.num_recovered == 0
+
+
+def test_ends_with_what_no_new_try_would_change() -> None:
+    def is_missing(_: Event) -> Generator[Shot, None, None]:
+        raise UnavailableError("cameras need OpenCV")
+        yield
+
+    source = Script(is_missing)
+    with Feed(source, 1) as feed, pytest.raises(UnavailableError, match="need OpenCV"):
+        feed.frames.take()
+    assert source.num_openings == 1
+
+
+def test_closes_while_it_waits() -> None:
+    for source in (Script(goes_on), Script(gives(0))):
+        feed = Feed(source, 1, patience=Patience(least=1000, most=1000))
+        assert reached(lambda source=source: source.num_openings > 0)  # type: ignore[misc]
+        feed.close()
+        assert feed.frames.settle(0)

@@ -1,0 +1,219 @@
+"""What becomes of a request when nobody waits for its answer any more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+
+from ppllava_runtime.lane import Lane
+from ppllava_runtime.server.app import create_app
+from ppllava_runtime.server.service import Service
+from ppllava_runtime.server.settings import Settings
+
+SECONDS = 20.0  # no wait is meant to last
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAh"
+    "KmMIQAAAABJRU5ErkJggg=="
+)
+Message = MutableMapping[str, Any]
+
+
+class Client:
+    """Somebody who asks, and leaves when told to.
+
+    Args:
+        app: Who is asked.
+        fields: Of the request, beside its model and its messages.
+    """
+
+    def __init__(self, app: Starlette, **fields: object) -> None:
+        service: Service = app.state.service
+        image = {"type": "image_url", "image_url": {"url": PICTURE}}
+        content = [image, {"type": "text", "text": "What is it?"}]
+        body = {"model": service.model_id, "messages": [{"role": "user", "content": content}]}
+        self._app = app
+        self._coming = [json.dumps(body | fields).encode()]
+        self._gone = asyncio.Event()
+        self.spoken = asyncio.Event()  # the answer has begun
+        self.sent: list[Message] = []
+
+    async def ask(self) -> None:
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/v1/chat/completions",
+            "raw_path": b"/v1/chat/completions",
+            "query_string": b"",
+            "root_path": "",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        await self._app(scope, self._receive, self._send)
+
+    def leave(self) -> None:
+        self._gone.set()
+
+    async def _receive(self) -> Message:
+        if self._coming:
+            return {"type": "http.request", "body": self._coming.pop(), "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+        if message["type"] == "http.response.body":
+            self.spoken.set()
+
+
+@contextmanager
+def held(lane: Lane) -> Iterator[None]:
+    """The lane, for the time of the block, held by another thread."""
+    has_it, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lane:
+            has_it.set()
+            assert release.wait(SECONDS)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert has_it.wait(SECONDS)
+        yield
+    finally:
+        release.set()
+        thread.join()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async def poll() -> None:
+        while not holds():
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(poll(), SECONDS)
+
+
+def words(service: Service) -> float:
+    """Ids of all answers so far."""
+    lines = service.metrics.render().decode().splitlines()
+    name = 'ppllava_decoder_tokens_total{part="answer"}'
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+async def left(app: Starlette, client: Client, begun: Callable[[], bool]) -> None:
+    """Nothing, once a client has left an answer that had begun, and all is as if it never came."""
+    service: Service = app.state.service
+    asking = asyncio.ensure_future(client.ask())
+    await until(lambda: begun() or asking.done())
+    assert not asking.done()
+    with held(service.assistant.lane):
+        client.leave()
+        await asyncio.sleep(0)
+    await asyncio.wait_for(asking, SECONDS)
+    assert service.admission.num_held == 0
+    assert service.spool.num_bytes == 0
+    assert not list(service.spool.folder.iterdir())
+
+
+def run(bundle: Path, folder: Path, scenario: Callable[[Starlette], Any]) -> None:
+    async def live() -> None:
+        settings = Settings(num_running=1, num_queued=1, spool=folder)
+        app = create_app(bundle, settings, threads=1)
+        async with app.router.lifespan_context(app):
+            await app.state.service.loading
+            await scenario(app)
+
+    asyncio.run(live())
+
+
+def test_a_stream_that_is_left_ends_at_its_next_step(bundle: Path, tmp_path: Path) -> None:
+    async def scenario(app: Starlette) -> None:
+        service: Service = app.state.service
+        whole = Client(app, max_tokens=2000)
+        await asyncio.wait_for(whole.ask(), SECONDS)
+        length = words(service)
+        client = Client(app, max_tokens=2000, stream=True)
+        await left(app, client, client.spoken.is_set)
+        assert words(service) - length < length
+        assert not any(b"[DONE]" in message.get("body", b"") for message in client.sent)
+
+    run(bundle, tmp_path, scenario)
+
+
+def test_an_answer_that_is_left_while_it_waits_for_the_device(bundle: Path, tmp_path: Path) -> None:
+    async def scenario(app: Starlette) -> None:
+        lane = app.state.service.assistant.lane
+        client = Client(app)
+        with held(lane):
+            asking = asyncio.ensure_future(client.ask())
+            await until(lambda: lane.num_waiting > 0)
+            client.leave()
+        await asyncio.wait_for(asking, SECONDS)
+        assert app.state.service.admission.num_held == 0
+        assert words(app.state.service) == 0
+        assert client.sent == []
+
+    run(bundle, tmp_path, scenario)
+
+
+def test_a_request_that_is_left_in_the_queue_leaves_no_hole(bundle: Path, tmp_path: Path) -> None:
+    async def scenario(app: Starlette) -> None:
+        service: Service = app.state.service
+        first, second, third = Client(app), Client(app), Client(app)
+        with held(service.assistant.lane):
+            answering = asyncio.ensure_future(first.ask())
+            await until(lambda: service.admission.num_held == 1)
+            waiting = asyncio.ensure_future(second.ask())
+            await until(lambda: service.admission.num_queued == 1)
+            await third.ask()
+            assert third.sent[0]["status"] == 429
+            assert b"retry-after" in dict(third.sent[0]["headers"])
+            second.leave()
+            await asyncio.wait_for(waiting, SECONDS)
+            assert service.admission.num_queued == 0
+        await asyncio.wait_for(answering, SECONDS)
+        assert (first.sent[0]["status"], second.sent) == (200, [])
+        assert service.admission.num_held == 0
+
+    run(bundle, tmp_path, scenario)
+
+
+def test_a_failure_half_way_is_an_event_of_the_stream(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(app: Starlette) -> None:
+        decoder = app.state.service.assistant.decoder
+        generate = decoder.generate
+
+        def breaking(*arguments: Any) -> Any:
+            ids = generate(*arguments)
+            yield next(ids)
+            ids.close()
+            raise OSError("the device is gone")
+
+        monkeypatch.setattr(decoder, "generate", breaking)
+        stream, whole = Client(app, stream=True), Client(app)
+        await stream.ask()
+        await whole.ask()
+        assert stream.sent[0]["status"] == 200
+        bodies = b"".join(message.get("body", b"") for message in stream.sent).decode()
+        *_, failure, done, _ = bodies.split("\n\n")
+        error = json.loads(failure.removeprefix("data: "))["error"]
+        assert (error["code"], done) == ("internal_error", "data: [DONE]")
+        assert "device" not in error["message"]
+        assert whole.sent[0]["status"] == 500
+
+    run(bundle, tmp_path, scenario)

@@ -1,0 +1,93 @@
+"""What the OpenAPI document says is what the server does, whatever is sent."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import httpx2
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from schemathesis import BaseSchema, Case, GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from ppllava_runtime.server.openapi import document
+from server_process import Served
+
+# What a request is refused for by its form alone: of one that the document allows, no code of these
+# may come. By its meaning (a URL that leads nowhere, two questions in a row) it may be refused.
+FORM = ("invalid_json", "invalid_type", "missing_field", "unknown_field", "invalid_content_type")
+MANY = settings(max_examples=200, suppress_health_check=list(HealthCheck))
+
+
+def of(mode: GenerationMode) -> BaseSchema:
+    # The name of the model is that of the fixture `bundle`.
+    schema = schemathesis.openapi.from_dict(document("checkpoint", needs_key=False))
+    schema.config.generation.update(modes=[mode])
+    return schema
+
+
+@pytest.fixture(scope="module")
+def picture() -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16), (200, 40, 40)).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+allowed, broken = of(GenerationMode.POSITIVE), of(GenerationMode.NEGATIVE)
+
+
+@allowed.parametrize()
+@MANY
+def test_what_the_document_allows_is_answered_as_it_says(case: Case[Any], server: Served) -> None:
+    excluded: list[Any] = [positive_data_acceptance]
+    response = case.call_and_validate(base_url=server.url, excluded_checks=excluded)
+    error = response.json()["error"] if response.status_code == 400 else None
+    assert error is None or error["code"] not in FORM, error
+
+
+@allowed.include(method="POST").parametrize()
+@MANY
+def test_a_question_with_all_kinds_of_fields_is_answered(
+    case: Case[Any], server: Served, picture: str
+) -> None:
+    """What is generated has hardly ever messages that have a meaning together: here they have."""
+    shown = {"type": "image_url", "image_url": {"url": picture}}
+    asked = {"role": "user", "content": [shown, {"type": "text", "text": "What is it?"}]}
+    body: Any = case.body
+    body = {
+        name: value
+        for name, value in body.items()
+        if name not in ("media_io_kwargs", "max_tokens", "stream_options")
+    } | {"messages": [asked], "max_completion_tokens": 4}
+    if not body.get("response_format"):
+        body.pop("mm_processor_kwargs", None)  # hardly ever of a window that fits
+    case.body = body
+    excluded: list[Any] = [positive_data_acceptance]
+    response = case.call_and_validate(base_url=server.url, excluded_checks=excluded)
+    refusable = body.get("response_format") or body.get("mm_processor_kwargs")
+    assert response.status_code == 200 or refusable, response.text
+
+
+@broken.include(method="POST").parametrize()
+@MANY
+def test_what_it_does_not_allow_is_refused(case: Case[Any], server: Served) -> None:
+    response = case.call_and_validate(base_url=server.url)
+    assert 400 <= response.status_code < 500
+
+
+def test_the_document_is_of_every_route(server: Served) -> None:
+    found = httpx2.get(f"{server.url}/openapi.json").json()
+    assert found == document(server.model, needs_key=False)
+    assert {path: list(operations) for path, operations in found["paths"].items()} == {
+        "/v1/chat/completions": ["post"],
+        "/v1/models": ["get"],
+        "/v1/models/{model}": ["get"],
+        "/health": ["get"],
+        "/health/ready": ["get"],
+        "/metrics": ["get"],
+        "/openapi.json": ["get"],
+    }
