@@ -3,6 +3,7 @@
 # make lint   the first two of these
 # make fire   an export that is killed, or runs out of disk, at every single write: some 20 minutes
 # make fuzz   20,000 damaged videos and pictures, where `make test` has 560: some 10 minutes
+# make soak   a server and a watched stream for 20 minutes each: does their memory grow?
 # make tensorrt-tools   TensorRT's headers, libraries and bindings that tests without a GPU use
 # make verify-tensorrt  what of TensorRT is too slow for `make test`: some 25 minutes, 24 GB of disk
 # make bench-peers  .venv-peers: this package and what benchmarks measure it against
@@ -26,7 +27,7 @@ TOOLS := headers nvrtc-12.6 cuda-13 lean-10.16 lean-11.4 bindings-10.3 bindings-
 NATIVE := CMakeLists.txt $(wildcard engines/ops/*)
 SOURCES := engines export runtime examples benchmarks tests
 
-.PHONY: demo test lint fire fuzz tensorrt-tools verify-tensorrt bench-peers clean
+.PHONY: demo test lint fire fuzz soak tensorrt-tools verify-tensorrt bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -47,6 +48,12 @@ fire: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/mutations.py --count 20000
+
+soak: $(VENV)/.test
+	$(BIN)/ppllava-export examples/tiny_world/checkpoint build/soak --overwrite
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests python -m benchmarks.soak \
+		build/soak examples/tiny_world/sample.mp4 --minutes 20
+	$(BIN)/python -m benchmarks.live_soak build/soak examples/tiny_world/sample.mp4 --minutes 20
 
 tensorrt-tools: $(TOOLS:%=$(VENV)/tensorrt/%)
 

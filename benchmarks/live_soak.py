@@ -5,39 +5,40 @@
 The video goes round and round by HTTP (or RTSP) on the loopback, 5 frames a second; meanwhile
 questions are asked about its last seconds, and the stream is cut off again and again. What ends
 with 1 instead of 0: a question without an answer, a drop that was not recovered from, or more
-memory in the last quarter of the time than in the second. Server and watcher are one process.
+memory in the last quarter of the time than in the second. What sends the stream is another process:
+the memory is that of the watcher alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from threading import Event
-from typing import Any
 
-import av
-from benchmarks.loopback_streams import Kind, LiveServer
+from benchmarks.loopback_streams import Kind
 from benchmarks.timing import machine
 
+from ppllava_engines.errors import UnavailableError
 from ppllava_runtime import Assistant
 from ppllava_runtime.feed import Feed, Frame, Patience
 from ppllava_runtime.live import LiveVideo
 from ppllava_runtime.newest import Follower
 from ppllava_runtime.sources import open_source
-from ppllava_runtime.video import read_clip
 
 _FLAT = 8e6  # bytes that the last quarter may have above the second
 _NEW_TOKENS = 16
 _QUESTION = "What happens in the video?"
 _SECONDS_PER_SAMPLE = 0.5
 _PATIENCE = Patience(silence=5.0, least=0.2, most=1.0)
+_LAST_SECONDS = 30.0  # for the last drop to be recovered from
 
 
 @dataclass
@@ -98,17 +99,19 @@ def soak(
     assistant = Assistant.open(bundle).load()
     live = LiveVideo(assistant, min(10.0, assistant.max_frames / fps), fps)
     print(live.describe(), file=sys.stderr)
-    content, count = _looped(video, fps)
-    server = LiveServer(kind, content, count, fps)
     report = Report()
 
     def add(frame: Frame) -> None:
         live.add(frame.picture, frame.seconds)
 
-    with Feed(open_source(server.url), fps, patience=_PATIENCE) as feed:
+    with ExitStack() as until_the_end:
+        enter, pause = until_the_end.enter_context, Event()
+        url, cut = enter(_streamed(video, fps, kind))
+        feed = enter(Feed(open_source(url), fps, patience=_PATIENCE))
         follower = Follower(feed.frames, add)
+        until_the_end.callback(follower.close)
         follower.wait_for(lambda: live.num_seen > 0)
-        began, pause = time.monotonic(), Event()
+        began = time.monotonic()
         while (now := time.monotonic() - began) < seconds:
             report.samples.append((now, _resident()))
             if now >= report.num_answers * seconds / num_questions:
@@ -120,15 +123,16 @@ def soak(
                 now >= (report.num_drops + 0.5) * seconds / num_drops
                 and feed.num_recovered == report.num_drops
             ):
-                server.cut()
+                cut()
                 report.num_drops += 1
             pause.wait(_SECONDS_PER_SAMPLE)
             follower.check()
-        follower.wait_for(lambda: feed.num_recovered >= report.num_drops)
+        last = seconds + _LAST_SECONDS
+        while feed.num_recovered < report.num_drops and time.monotonic() - began < last:
+            pause.wait(_SECONDS_PER_SAMPLE)
+            follower.check()
         report.num_frames, report.num_dropped = feed.num_seen, feed.num_dropped
         report.num_kept, report.num_recovered = live.num_seen, feed.num_recovered
-    follower.close()
-    server.close()
     return report
 
 
@@ -168,23 +172,28 @@ def main(argv: Sequence[str]) -> int:
     return 0 if is_good else 1
 
 
-def _looped(video: Path, fps: float) -> tuple[bytes, int]:
-    """MPEG-TS of a video at a rate, each frame decodable by itself; and how many there are."""
-    info = read_clip(video, 1).info
-    count = max(2, round(info.num_frames / info.fps * fps))
-    frames = read_clip(video, count).frames
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "loop.ts"
-        with av.open(str(path), "w") as container:
-            options = {"g": "1", "preset": "ultrafast", "tune": "zerolatency"}
-            rate = Fraction(fps).limit_denominator(1000)
-            stream: Any = container.add_stream("libx264", rate=rate, options=options)
-            stream.pix_fmt = "yuv420p"
-            stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode(None))
-        return path.read_bytes(), count
+@contextmanager
+def _streamed(video: Path, fps: float, kind: Kind) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Where the video goes round and round, and what cuts it off; until the block ends."""
+    module = "benchmarks.loopback_streams"
+    arguments = [sys.executable, "-m", module, video, "--fps", fps, "--kind", kind]
+    with subprocess.Popen(
+        [str(argument) for argument in arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        commands = process.stdin
+        try:
+            url = process.stdout.readline().strip()
+            if not url:
+                raise UnavailableError(f"video {video}: it cannot be streamed, see above")
+            yield url, lambda: print("cut", file=commands, flush=True)
+        finally:
+            process.kill()
 
 
 def _resident() -> int:

@@ -1,28 +1,76 @@
 """Live streams on the loopback, by HTTP and by RTSP, which can be cut off and made silent.
 
 Both send the same MPEG-TS over and over, a frame's share of it at a time.
+
+`python -m benchmarks.loopback_streams VIDEO --fps 5` prints a URL and serves it until its
+input ends; each line there cuts all connections off.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import socket
 import socketserver
 import struct
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from fractions import Fraction
 from itertools import count, pairwise
+from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Literal
+
+import av
+
+from ppllava_runtime.video import read_clip
 
 Kind = Literal["http", "rtsp"]
 
 _TS_PACKET = 188
+_BEGIN = b"\x41\x00"  # of a frame, in the first stream of FFmpeg's
 _RTP_PACKETS = 7  # of MPEG-TS in one of RTP
+_SECONDS_PER_KEYFRAME = 2
 _SDP = (
     "v=0\r\no=- 1 1 IN IP4 127.0.0.1\r\ns=loopback\r\nt=0 0\r\n"
     "m=video 0 RTP/AVP 33\r\nc=IN IP4 0.0.0.0\r\na=control:track1\r\n"
 )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serves what `argv` says until stdin ends."""
+    parser = argparse.ArgumentParser(prog="loopback_streams", description=__doc__)
+    parser.add_argument("video", type=Path)
+    parser.add_argument("--fps", type=float, default=5.0)
+    parser.add_argument("--kind", choices=("http", "rtsp"), default="http")
+    options = parser.parse_args(argv)
+    server = LiveServer(options.kind, looped(options.video, options.fps), options.fps)
+    print(server.url, flush=True)
+    for _ in sys.stdin:
+        server.cut()
+    server.close()
+
+
+def looped(video: Path, fps: float) -> bytes:
+    """MPEG-TS of a video at a rate, with a keyframe now and then as a camera sends it."""
+    info = read_clip(video, 1).info
+    num_frames = max(2, round(info.num_frames / info.fps * fps))
+    frames = read_clip(video, num_frames).frames
+    distance = str(round(_SECONDS_PER_KEYFRAME * fps))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "loop.ts"
+        with av.open(str(path), "w") as container:
+            options = {"g": distance, "preset": "ultrafast", "tune": "zerolatency"}
+            rate = Fraction(fps).limit_denominator(1000)
+            stream: Any = container.add_stream("libx264", rate=rate, options=options)
+            stream.pix_fmt = "yuv420p"
+            stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        return path.read_bytes()
 
 
 class LiveServer(socketserver.ThreadingTCPServer):
@@ -31,7 +79,6 @@ class LiveServer(socketserver.ThreadingTCPServer):
     Args:
         kind: What it speaks.
         content: MPEG-TS.
-        num_frames: How many are in it.
         fps: So many are sent a second.
         password: Of the user "me", which RTSP asks for; empty is none.
     """
@@ -43,13 +90,12 @@ class LiveServer(socketserver.ThreadingTCPServer):
         self,
         kind: Kind,
         content: bytes,
-        num_frames: int,
         fps: float,
         password: str = "",
     ) -> None:
         self.kind = kind
         self.num_plays = 0
-        self.parts = _parts(content, num_frames)
+        self.parts = _parts(content)
         self.fps = fps
         self.password = password
         self._changed = Condition()
@@ -171,7 +217,12 @@ class _Rtsp(socketserver.StreamRequestHandler):
         return send
 
 
-def _parts(content: bytes, num_frames: int) -> list[bytes]:
-    num_packets = len(content) // _TS_PACKET
-    edges = [round(num_packets * i / num_frames) * _TS_PACKET for i in range(num_frames + 1)]
-    return [content[first:end] for first, end in pairwise(edges)]
+def _parts(content: bytes) -> list[bytes]:
+    """A frame in each: from the packet with which it begins to that of the next."""
+    packets = [content[place : place + _TS_PACKET] for place in range(0, len(content), _TS_PACKET)]
+    begins = [place for place, packet in enumerate(packets) if packet[1:3] == _BEGIN]
+    return [b"".join(packets[i:end]) for i, end in pairwise([0, *begins[1:], len(packets)])]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,11 +2,12 @@
 
 `PYTHONPATH=tests python -m benchmarks.soak BUNDLE VIDEO [--minutes 20]`
 
-Clients ask about the video anew and again, about pictures that come once, about damaged files and
-wrong requests; some hang up. Every ten seconds the resident memory of the server and of the
-processes that decode for it is read. The slope is that of a straight line through the second half,
-when caches are full; a server whose slope is below 1 MiB a minute is called flat. The exit code is
-0 for a flat one that answered everything as it should have.
+Clients ask about the video anew and again, alone and after some turns, about pictures that come
+once, about damaged files and wrong requests; some hang up; and a live session goes on beside them.
+Every ten seconds the resident memory of the server and of the process from which its decoders are
+forked is read; not theirs, of which now there are some and now there are none. The slope is that of
+a straight line through the second half, when caches are full; a server whose slope is below 1 MiB a
+minute is called flat. The exit code is 0 for a flat one that answered everything as it should have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import json
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -25,8 +28,9 @@ from typing import Any
 
 import numpy as np
 from benchmarks.timing import machine
+from websockets.asyncio.client import connect
 
-from load import Client, Reply, question
+from load import Client, Reply, picture, question
 from server_process import Served, served
 
 _CLIENTS = 8
@@ -34,6 +38,8 @@ _SAMPLE_SECONDS = 10.0
 _FLAT_BYTES = 1 << 20  # a minute
 _PATIENCE_SECONDS = 0.05  # of those who hang up
 _FLAGS = ("--cache-size", "32M", "--queued", 4)
+_FRAME_SECONDS = 0.2  # of the live session
+_FRAMES_PER_QUESTION = 25
 
 
 class Soak:
@@ -59,7 +65,8 @@ class Soak:
 
     async def run(self) -> None:
         """Asks and samples until the time is over."""
-        await asyncio.gather(self._sample(), *(self._ask(seed) for seed in range(_CLIENTS)))
+        clients = [self._ask(seed) for seed in range(_CLIENTS)]
+        await asyncio.gather(self._sample(), self._live(), *clients)
 
     @property
     def slope(self) -> float:
@@ -71,14 +78,14 @@ class Soak:
     @property
     def is_right(self) -> bool:
         """Whether nothing was answered with what it must not be."""
-        allowed = {"same": {200, 429}, "new": {200, 429}, "damaged": {200, 400, 429},
-                   "wrong": {400}, "left": {0, 200, 429}}  # fmt: skip
+        allowed = {kind: {200, 429} for kind in ("same", "later", "new", "live")}
+        allowed |= {"damaged": {200, 400, 429}, "wrong": {400}, "left": {0, 200, 429}}
         wrong = [key for key in self.statuses if key[1] not in allowed[key[0]]]
         return not wrong and len(self.answers) == 1
 
     async def _sample(self) -> None:
         while (now := time.monotonic()) < self._end:
-            self.samples.append(((now - self._began) / 60, self._server.rss_bytes()))
+            self.samples.append(((now - self._began) / 60, _resident(self._server)))
             print(f"{self.samples[-1][0]:6.1f} min {self.samples[-1][1] / 2**20:8.1f} MiB",
                   flush=True)  # fmt: skip
             await asyncio.sleep(min(_SAMPLE_SECONDS, max(0.1, self._end - now)))
@@ -86,7 +93,9 @@ class Soak:
     async def _ask(self, seed: int) -> None:
         chance, client = random.Random(seed), Client(self._server.port)
         while time.monotonic() < self._end:
-            kind = chance.choice(("same", "same", "new", "new", "damaged", "wrong", "left"))
+            kind = chance.choice(
+                ("same", "same", "later", "new", "new", "damaged", "wrong", "left")
+            )
             fields = self._fields(kind, chance)
             if kind == "left":
                 reply = await self._leave(fields)
@@ -111,11 +120,42 @@ class Soak:
             {"type": "text", "text": text},
             {"type": "video_url", "video_url": {"url": url}},
         ]
-        return {
-            "model": model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": 16,
-        }
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if kind == "later":
+            for turn in range(chance.randrange(1, 4)):
+                messages.append({"role": "assistant", "content": f"Answer {turn}."})
+                messages.append({"role": "user", "content": "And then?"})
+        return {"model": model, "messages": messages, "max_tokens": 16}
+
+    async def _live(self) -> None:
+        """Sends frames to a session until the time is over, and asks about them now and then."""
+        url = f"ws://127.0.0.1:{self._server.port}/v1/video/chat/stream"
+        async with connect(url) as session:
+
+            async def say(kind: str, **fields: Any) -> None:
+                await session.send(json.dumps({"type": kind, **fields}))
+
+            async def listen() -> None:
+                async for message in session:
+                    told = json.loads(message)
+                    if told["type"] == "response.text.done":
+                        self.statuses["live", 200] += 1
+                    elif told["type"] == "error":
+                        busy = told["code"] == "server_busy"
+                        self.statuses["live", 429 if busy else 400] += 1
+
+            await say("session.config", model=self._server.model, seconds=4, fps=1)
+            listening = asyncio.create_task(listen())
+            number = 0
+            while time.monotonic() < self._end:
+                number += 1
+                data = base64.b64encode(picture(number)).decode()
+                await say("video.frame", data=data, timestamp=number * _FRAME_SECONDS)
+                if number % _FRAMES_PER_QUESTION == 0:
+                    await say("video.query", text="What is it?", max_tokens=8)
+                await asyncio.sleep(_FRAME_SECONDS)
+            await say("video.done")
+            await listening
 
     async def _leave(self, fields: Mapping[str, Any]) -> Reply:
         client = Client(self._server.port)
@@ -125,6 +165,16 @@ class Soak:
             return Reply(0, _PATIENCE_SECONDS)
         finally:
             await client.close()
+
+
+def _resident(server: Served) -> int:
+    """Bytes of the server and of its children, without theirs."""
+    total = server.rss_bytes()
+    for path in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            pages = Path(f"/proc/{child}/statm").read_text().split()[1]
+            total += int(pages) * resource.getpagesize()
+    return total
 
 
 def main() -> int:

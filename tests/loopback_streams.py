@@ -15,13 +15,14 @@ NUM_NUMBERS = 20  # of the frames that are sent over and over
 
 @contextmanager
 def live_server(
-    folder: Path, kind: Kind = "http", fps: float = 25, password: str = ""
+    folder: Path, kind: Kind = "http", fps: float = 25, password: str = "", distance: int = 1
 ) -> Iterator[LiveServer]:
-    """A server whose frames are numbered from 0 to NUM_NUMBERS, each by itself decodable."""
-    path = folder / "live.ts"
+    """A server whose frames are numbered from 0 to NUM_NUMBERS, and so far is it to a keyframe."""
+    path = folder / f"live{distance}.ts"
     if not path.exists():
-        write_video(path, numbered_frames(NUM_NUMBERS), options={"g": "1", "tune": "zerolatency"})
-    server = LiveServer(kind, path.read_bytes(), NUM_NUMBERS, fps, password)
+        options = {"g": str(distance), "tune": "zerolatency", "preset": "ultrafast"}
+        write_video(path, numbered_frames(NUM_NUMBERS), options=options)
+    server = LiveServer(kind, path.read_bytes(), fps, password)
     try:
         yield server
     finally:

@@ -281,23 +281,25 @@ class Answer:
 
     def _advance(self) -> bool:
         """Whether one more id was generated, or the last piece of text found."""
-        with self._reading:
-            if self._left:
-                self._end()
-            if self._failure is not None:
-                raise self._failure
-            if self._finish_reason is not None:
-                return False
-            try:
-                self._generate()
-            except Exception as error:
-                # What generates is at its end now, and would pass for an answer at its own.
-                self._failure = error
-                raise
-            finally:
+        try:
+            with self._reading:
                 if self._left:
                     self._end()
-            return True
+                if self._failure is not None:
+                    raise self._failure
+                if self._finish_reason is not None:
+                    return False
+                try:
+                    self._generate()
+                except Exception as error:
+                    # What generates is at its end now, and would pass for an answer at its own.
+                    self._failure = error
+                    raise
+                return True
+        finally:
+            # Here, as who closed it while this thread had the lock left that to it.
+            if self._left:
+                self.close()
 
     def _end(self) -> None:
         self._coming.close()

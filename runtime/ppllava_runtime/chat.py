@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     files = [] if options.video is None else [options.video, *options.image]
     sees = bool(files) or options.video_input is not None
     if options.heatmap:
-        _check_heatmap(options.heatmap, files, sees)
+        _check_heatmap(options.heatmap, files or _source(options), sees)
     schema = options.json_schema and _read(options.json_schema)
     # All of the bundle now: it may be replaced while a person types.
     assistant = Assistant.open(
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     if options.question is not None:
         show(ask(options.question))
         return
-    _converse(ask, show, files, sees, options)
+    _converse(ask, show, files, sees, options.json)
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -158,7 +158,12 @@ def _watch_live(assistant: Assistant, asked: Options, options: argparse.Namespac
             watched.fill(_progress())
             show(ask(options.question))
             return
-        _converse(ask, show, [], True, options)
+        _converse(ask, show, _source(options), True, options.json, watched.check)
+
+
+def _source(options: argparse.Namespace) -> list[Path]:
+    """The file that is played as if it were live; what is none is found nowhere."""
+    return [] if options.video_input is None else [Path(options.video_input)]
 
 
 def _converse(
@@ -166,8 +171,10 @@ def _converse(
     show: Callable[[Answer], None],
     files: Sequence[Path],
     sees: bool,
-    options: argparse.Namespace,
+    in_json: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
+    """Answers line by line, until there are no more or `check` raises what ends it all."""
     last: Answer | None = None
     for line in _lines():
         try:
@@ -184,9 +191,10 @@ def _converse(
             else:
                 raise UsageError(f"{command} is not understood: type {_HELP}")
         except (UsageError, StorageError, UnavailableError) as error:  # the next may be better
+            check()
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # enough of this answer
-            print(file=sys.stderr if options.json else sys.stdout)
+            print(file=sys.stderr if in_json else sys.stdout)
 
 
 def _lines() -> Iterator[str]:
@@ -321,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, action="append", default=[], metavar="PATH",
         help="another picture beside the first; may be given again")  # fmt: skip
     add("--video-input", metavar="SOURCE", help="instead of VIDEO, what goes on: /dev/videoN, "
-        "csi://N, a URL of rtsp, rtsps, http, https or udp, or a file")  # fmt: skip
+        "csi://N, a live stream's URL of rtsp, rtsps, http, https or udp, or a file")  # fmt: skip
     add(
         "--window",
         type=float,

@@ -68,6 +68,14 @@ class LiveChat(Asker):
         self._follower.wait_for(lambda: self.live.num_seen > 0)
         return self.live.answer(question, options)
 
+    def check(self) -> None:
+        """Nothing, while the source is watched or has come to its end.
+
+        Raises:
+            PPLLaVAError: What ended the watching.
+        """
+        self._follower.check()
+
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Returns when the window is full, or the source has ended.
 

@@ -34,16 +34,28 @@ class Sample:
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UsageError(f"fps is {self.fps}, expected more than 0")
 
-    def indices(self, num_frames: int, fps: float) -> tuple[int, ...]:
+    def indices(self, num_frames: int, fps: float, num_rows: int | None = None) -> tuple[int, ...]:
         """Those it chooses of a video, see `choose_frames`.
 
         Args:
             num_frames: How many there are.
             fps: Frames per second of the video.
+            num_rows: So many it shall be, where that was said before the video was known as well as
+                now; None is as many as it says itself.
 
         Raises:
             UsageError: See `choose_frames`.
         """
+        found = self._indices(num_frames, fps)
+        if num_rows is None or num_rows == len(found):
+            return found
+        first, last = _span(num_frames, fps, self.start, self.end)
+        missing = num_rows - (last - first + 1)
+        if missing >= 0:
+            return (*range(first, last + 1), *(last for _ in range(missing)))
+        return choose_frames(num_frames, num_rows, fps, self.start, self.end)
+
+    def _indices(self, num_frames: int, fps: float) -> tuple[int, ...]:
         bounds = [count for count in (self.num_frames, self.most) if count is not None]
         if self.fps is None and self.num_frames is not None:
             return choose_frames(num_frames, min(bounds), fps, self.start, self.end)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ppllava_engines.errors import InternalError, UsageError
 from ppllava_runtime.answer import Answer, Counts, Stopwatch
 from ppllava_runtime.asking import Asker, Options
-from ppllava_runtime.decoders import FinishReason
+from ppllava_runtime.decoders import Constraint, FinishReason
 from ppllava_runtime.memories import Watched
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.prompt import Prompt, checked
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Turns = Literal["re-pool", "keep"]
 TURNS: tuple[Turns, ...] = get_args(Turns)
+
+# A text with more of them to each token that the decoder holds is not even read: no vocabulary
+# makes so few tokens of what people write.
+_CHARACTERS_PER_POSITION = 64
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ class Conversation(Asker):
         self._keeps = turns == "keep" or video.memory.record is None
         self._turns: list[_Turn] = []
         self._view: _View | None = None
+        self._check_size(preface)
         self._preface = checked("preface", preface)
 
     def recall(self, question: str, answer: str) -> None:
@@ -162,16 +167,21 @@ class Conversation(Asker):
             UsageError: See `ask`, of both.
             IncompatibleError: A bundle without tokenizers.
         """
-        builder = self._video.assistant.prompts
-        said = builder.answer_ids(answer)
+        self._check_size(question + answer)
+        said = self._video.assistant.prompts.answer_ids(answer)
         prompt = self._prompt(question, 0, first=not self._turns, guides=False)
-        self._add(_Turn(question, prompt.ids, said))
+        answers = self._said()
+        self._check_fits(self._length(answers) + len(prompt.ids) + len(said))
+        self._add(_Turn(question, prompt.ids, said), answers)
 
-    def answer(self, question: str | Prompt, options: Options) -> Answer:
+    def answer(
+        self, question: str | Prompt, options: Options, constraint: Constraint | None = None
+    ) -> Answer:
         """The answer to one more question; see `ask`.
 
         A question in ids that is not the first has no place for what was seen, and begins with the
-        token that ends the answer before it.
+        token that ends the answer before it. `constraint` is that of the options, where it was made
+        before.
 
         Raises:
             UsageError: See `ask`; or another window than that of the first question, where its
@@ -193,8 +203,12 @@ class Conversation(Asker):
         with stopwatch.time("prefill"):
             num_places = memory.num_places(window)
             guides = view is None and memory.record is not None
+            self._check_size(_words(question))
             prompt = self._prompt(question, num_places, first=not self._turns, guides=guides)
-            constraint = assistant.constraint(options.json_schema, options.regex)
+            # Before the work, and before any embedding of a text that may be megabytes.
+            self._check_fits(self._length(self._said()) + len(prompt.ids))
+            if constraint is None:
+                constraint = assistant.constraint(options.json_schema, options.regex)
         if view is None:
             guide, read = question, prompt
             if self._keeps and self._turns:  # of turns that took place elsewhere
@@ -203,23 +217,53 @@ class Conversation(Asker):
             splices, relevance = pooled(assistant, memory, guide, read, window, stopwatch)
             view = _View(_words(guide), window, splices, relevance)
         with stopwatch.time("prefill"):
-            parts = self._parts(prompt, view)
+            answers = self._said()
+            parts = self._parts(prompt, view, answers)
         length = sum(map(len, parts))
-        if self._turns and length >= decoder.max_positions:
-            raise UsageError(
-                f"the conversation is {length} tokens long and the model holds "
-                f"{decoder.max_positions} with its answer: begin another one, or pool the video to "
-                "fewer tokens"
-            )
+        if self._turns:
+            self._check_fits(length)
         ids = decoder.generate(parts, options.max_new_tokens, options.sampling, constraint)
         answer = self._answer(question, stop, view, ids, length, stopwatch)
         self._view = view
-        self._add(_Turn(question, prompt.ids, answer))
+        self._add(_Turn(question, prompt.ids, answer), answers)
         return answer
 
-    def _add(self, turn: _Turn) -> None:
+    def _check_size(self, text: str) -> None:
+        """Passes a text that may fit, before it is made into ids."""
+        most = self._video.assistant.bundle.manifest.decoder.max_positions
+        if len(text) > _CHARACTERS_PER_POSITION * most:
+            raise UsageError(
+                f"the text is {len(text)} characters long, far more than the {most} tokens that "
+                "the model holds: shorten it"
+            )
+
+    def _check_fits(self, length: int) -> None:
+        """Passes a conversation of so many tokens that leaves room for an answer."""
+        most = self._video.assistant.decoder.max_positions
+        if length >= most:
+            raise UsageError(
+                f"the conversation is {length} tokens long and the model holds {most} with its "
+                "answer: begin another one, shorten it, or pool the video to fewer tokens"
+            )
+
+    def _said(self) -> list[tuple[int, ...]]:
+        """The ids of each answer, as far as it came."""
+        return [turn.said for turn in self._turns]
+
+    def _length(self, answers: Sequence[tuple[int, ...]]) -> int:
+        """The tokens of all turns, visual ones left out."""
+        return sum(len(turn.ids) for turn in self._turns) + sum(map(len, answers))
+
+    def _add(self, turn: _Turn, answers: Sequence[tuple[int, ...]]) -> None:
+        """One more turn, behind these ids of the answers before it.
+
+        The last of them ends. To one that another thread reads some ids may have come since: the
+        next prompt is without them, as this one was.
+        """
         if self._turns:
-            self._turns[-1].close()
+            last = self._turns[-1]
+            last.close()
+            self._turns[-1] = replace(last, answer=answers[-1])
         self._turns.append(turn)
 
     def _window(self, options: Options) -> Window:
@@ -260,7 +304,9 @@ class Conversation(Asker):
         question.check(assistant.bundle.manifest, places, guides=guides)
         return question
 
-    def _parts(self, prompt: Prompt, view: _View) -> list[NDArray[Any]]:
+    def _parts(
+        self, prompt: Prompt, view: _View, answers: Sequence[tuple[int, ...]]
+    ) -> list[NDArray[Any]]:
         """The embeddings of the whole prompt, in the pieces of which later turns share some."""
         assistant = self._video.assistant
         decoder, place = assistant.decoder, assistant.model.image_token_index
@@ -272,7 +318,7 @@ class Conversation(Asker):
             first = self._turns[0].question
             opening = self._prompt(first, num_places, first=True, guides=False)
             ends = [*(turn.ids for turn in self._turns[1:]), prompt.ids]
-            later = [(*turn.said, *ids) for turn, ids in zip(self._turns, ends, strict=True)]
+            later = [(*said, *ids) for said, ids in zip(answers, ends, strict=True)]
         before, *others = opening.parts(place)
         seen = []
         for splice, after in zip(view.splices, others, strict=True):

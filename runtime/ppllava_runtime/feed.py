@@ -189,8 +189,9 @@ class Feed:
             self._changed.notify_all()
         self.frames.close()
         self._watcher.join()
+        until = time.monotonic() + _LEAVING
         for reader in self._readers:
-            reader.join(_LEAVING)
+            reader.join(max(0.0, until - time.monotonic()))
 
     def __enter__(self) -> Feed:
         return self
@@ -202,23 +203,25 @@ class Feed:
         """Opens the source again and again, until it is to be left or nothing more can come."""
         error: Exception | None = None
         try:
-            while not self._left and self._follow(self._connect()):
+            while (connection := self._connect()) and self._follow(connection):
                 pass
         except Exception as failure:
             error = failure
         self.frames.close(error)
 
-    def _connect(self) -> _Connection:
-        connection = _Connection(self._clock.now())
+    def _connect(self) -> _Connection | None:
+        """A new connection, which is being read; None when it is to be left."""
         with self._changed:
             while not self._left and sum(thread.is_alive() for thread in self._readers) >= (
                 _MOST_HANGING
             ):
                 self._clock.wait(self._changed, self._patience.most)
-        self._readers = [thread for thread in self._readers if thread.is_alive()]
-        reader = Thread(target=self._read, args=(connection,), name="ppllava-source", daemon=True)
-        self._readers.append(reader)
-        reader.start()
+            if self._left:
+                return None
+            connection = _Connection(self._clock.now())
+            read = Thread(target=self._read, args=(connection,), name="ppllava-source", daemon=True)
+            self._readers = [*(thread for thread in self._readers if thread.is_alive()), read]
+            read.start()
         return connection
 
     def _follow(self, connection: _Connection) -> bool:
@@ -264,6 +267,10 @@ class Feed:
                 for shot in shots:
                     if not self._take(connection, shot):
                         break
+        except Lost as error:
+            # Without its traceback, which would hold this connection, and that the traceback: what
+            # the decoder holds would stay until such circles are looked for.
+            connection.error = Lost(str(error))
         except Exception as error:
             connection.error = error
         with self._changed:
@@ -285,7 +292,12 @@ class Feed:
             connection.last = self._clock.now()
             is_due = self._pace.takes(seconds)
         if is_due:
-            self.frames.put(Frame(shot.picture(), seconds))
+            picture = shot.picture()
+            with self._changed:
+                # It may have been given up meanwhile, and newer ones be there from the next.
+                if self._left or connection.left.is_set():
+                    return False
+                self.frames.put(Frame(picture, seconds))
         return True
 
     def _time(self, connection: _Connection, shot: Shot) -> float:

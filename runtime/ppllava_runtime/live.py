@@ -119,13 +119,17 @@ class LiveVideo(Asker):
 
     @property
     def nbytes(self) -> int:
-        """The most bytes that this takes, from its beginning to its end, thumbnails included."""
+        """Bytes that this takes at most, from its beginning to its end, thumbnails included.
+
+        An answer holds the thumbnails of its window, which others may have left since.
+        """
         small = self._num_rows * THUMBNAIL_SIDE**2 * _NUM_COLOURS
+        # What the tower gets: of one frame, or of the window for one question at a time.
+        values = self.assistant.model.image_size**2 * _NUM_COLOURS * np.dtype(np.float32).itemsize
         if self._coupled:
-            # Of one question at a time.
             encoded = self.assistant.layout.num_bytes(self._num_rows)
-            return self._squares.nbytes + encoded + small
-        return self._record.nbytes + small
+            return self._squares.nbytes + self._num_rows * values + encoded + small
+        return self._record.nbytes + values + small
 
     def describe(self) -> str:
         """A sentence about the window and what it takes, for the person who starts it."""
@@ -176,6 +180,10 @@ class LiveVideo(Asker):
             UsageError: See `ask`; or there is no frame yet.
             IncompatibleError, UnavailableError: See `ask`.
         """
+        assistant = self.assistant
+        # Frames wait while a question has the turn: what may take long is done before.
+        _ = assistant.text, assistant.pool, assistant.weigh, assistant.newline, assistant.decoder
+        constraint = assistant.constraint(options.json_schema, options.regex)
         with self._turn:
             rows = self._rows()
             if not rows:
@@ -184,12 +192,12 @@ class LiveVideo(Asker):
             frames = self._frames(rows)
             times = np.array([one.time for one in frames])
             small = tuple(one.thumbnail for one in frames)
-            memory = Memory("video", record, self.assistant.model.grid, times, small)
+            memory = Memory("video", record, assistant.model.grid, times, small)
             first = self.num_seen - len(rows)
             places = tuple(range(first, self.num_seen))
             info = ClipInfo(times, places, self.num_seen, len(rows), self.fps)
-            video = Video(self.assistant, Watched(memory, info), cost)
-            return video.converse(preface=self._preface).answer(question, options)
+            video = Video(assistant, Watched(memory, info), cost)
+            return video.converse(preface=self._preface).answer(question, options, constraint)
 
     def _rows(self) -> range:
         """The rows of the window: those of its frames that are not too long ago for it."""

@@ -76,6 +76,9 @@ class Follower(Generic[Item]):
         items: Where they come from.
         work: What to do with one.
         failed: Called with what is wrong with one; without it that ends everything.
+
+    Attributes:
+        has_ended: Whether it does nothing more.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class Follower(Generic[Item]):
         self._work = work
         self._failed = failed
         self._changed = Condition()
-        self._has_ended = False
+        self.has_ended = False
         self._error: Exception | None = None
         self._thread = Thread(target=self._run, name="ppllava-follower", daemon=True)
         self._thread.start()
@@ -100,7 +103,7 @@ class Follower(Generic[Item]):
             Exception: What ended it before.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._has_ended or reached())
+            self._changed.wait_for(lambda: self.has_ended or reached())
         self.check()
         return reached()
 
@@ -134,5 +137,5 @@ class Follower(Generic[Item]):
             error = failure
             self._items.close()
         with self._changed:
-            self._has_ended, self._error = True, error
+            self.has_ended, self._error = True, error
             self._changed.notify_all()

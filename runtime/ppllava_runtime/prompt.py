@@ -296,12 +296,14 @@ def _escaped(words: str, reserved: Sequence[str]) -> str:
     """The words with a space after the first character of whatever is reserved.
 
     Read as text it would be harmless, but tokenizers read it as a command: one more place for an
-    image, or the end of the turn. Of a single character nothing is changed, nor of what a
-    normalizer makes of a text: such ids are refused.
+    image, or the end of the turn. Of a single character nothing is changed, nor where a space
+    changes nothing, nor of what a normalizer makes of a text: such ids are refused.
     """
-    tokens = [token for token in reserved if len(token) > 1]
-    while found := next((token for token in tokens if token in words), None):
-        words = words.replace(found, f"{found[0]} {found[1:]}")
+    escapes = {token: f"{token[0]} {token[1:]}" for token in reserved if len(token) > 1}
+    # One that begins with a space, or has nothing but spaces behind it, would be found for ever.
+    escapes = {token: escape for token, escape in escapes.items() if token not in escape}
+    while found := next((token for token in escapes if token in words), None):
+        words = words.replace(found, escapes[found])
     return words
 
 

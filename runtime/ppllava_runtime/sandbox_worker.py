@@ -31,6 +31,7 @@ from PIL import Image
 
 from ppllava_engines.errors import InternalError, PPLLaVAError, UsageError
 from ppllava_engines.strict_json import decode
+from ppllava_runtime import seccomp
 from ppllava_runtime.guard import Guard
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.memory import thumbnails
@@ -53,7 +54,7 @@ from ppllava_runtime.sandbox_wire import (
 )
 from ppllava_runtime.video import ChosenFrames
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _NOBODY = 65534
 
 
@@ -101,6 +102,15 @@ class _Zygote:
         self._num_forked = 0
         self._pid = os.getpid()
         self._prctl = ctypes.CDLL(None).prctl
+        # What a fork leaves behind is this process's child from then on, see `_sweep`.
+        self._prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._filters = seccomp.available()
+        if not self._filters:
+            print(
+                "sandbox: this system knows no seccomp filter: a file that takes over the process "
+                "which decodes it is held by its user and its limits alone",
+                file=sys.stderr,
+            )
 
     def run(self) -> NoReturn:
         """Never returns; what it forked ends with it."""
@@ -122,7 +132,7 @@ class _Zygote:
     def _take_job(self) -> None:
         content, descriptors, _, _ = socket.recv_fds(self._control, JOB_BYTES, 3)
         if not content:
-            os._exit(0)
+            self._end()
         data, status, file = descriptors
         job = decode(Job, json.loads(content), "job")
         self._num_forked += 1
@@ -148,14 +158,33 @@ class _Zygote:
             peak_bytes=usage.ru_maxrss * 1024,
             cpu_seconds=usage.ru_utime + usage.ru_stime,
         )
+        del self._forks[fork.handle], self._forks[fork.status.fileno()]
+        self._sweep()
         with suppress(OSError):  # of those that were told to end nobody wants to know
             fork.status.send(packed(ended))
         for descriptor in (fork.handle, fork.status.fileno()):
             with suppress(KeyError):
                 self._poll.unregister(descriptor)
-            del self._forks[descriptor]
         os.close(fork.handle)
         fork.status.close()
+
+    def _sweep(self) -> None:
+        """Ends whatever descends from forks that have ended, where no filter kept them from it."""
+        children = Path(f"/proc/self/task/{self._pid}/children")
+        known = {fork.pid for fork in self._forks.values()}
+        with suppress(OSError):  # of a kernel that does not tell
+            while left := {int(pid) for pid in children.read_text().split()} - known:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+    def _end(self) -> NoReturn:
+        for pid in {fork.pid for fork in self._forks.values()}:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._forks.clear()
+        self._sweep()
+        os._exit(0)
 
     def _enter(self, data: int, file: int, limits: MediaLimits) -> None:
         """Makes this fork the one that decodes: from here on there is no way back."""
@@ -189,9 +218,11 @@ class _Zygote:
                 os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if self._prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
             os._exit(1)
-        # Last, as another user would have to say it again.
+        # After all that, as another user would have to say it again.
         if self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != self._pid:
             os._exit(1)
+        if self._filters:
+            seccomp.install()
 
 
 def _work(job: Job) -> NoReturn:

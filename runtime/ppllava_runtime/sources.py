@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 _SCHEMES = ("rtsp", "rtsps", "http", "https", "udp")
 # What a stream may lead to: a playlist from afar does not open files here.
 _PROTOCOLS = "rtsp,rtsps,rtp,srtp,http,https,httpproxy,udp,tcp,tls,crypto"
-# By TCP, as pictures of which packets are lost are of no use to anyone. Little is read ahead: what
-# waits in a buffer is not live.
+# By TCP, as pictures of which packets are lost are of no use to anyone. What is read to find out
+# what a stream is must be kept: it may hold the only keyframe for long.
 _OPTIONS = {
     "rtsp_transport": "tcp",
-    "fflags": "nobuffer",
+    "flags": "low_delay",
     "analyzeduration": "2000000",  # microseconds
+    "fpsprobesize": "0",  # frames to wait for to learn their rate, which nobody asks for
     "protocol_whitelist": _PROTOCOLS,
 }
 # Seconds that opening a stream, and each reading from it, may take.
@@ -105,7 +106,7 @@ def open_source(text: str) -> Source:
         NotFoundError: There is no such file.
         UsageError: Another kind of address, or a camera without a number.
     """
-    if text.startswith("/dev/video"):
+    if re.fullmatch("/dev/video[0-9]+", text):
         return Camera(text, text, "CAP_V4L2")
     scheme, separator, rest = text.partition("://")
     if not separator:
@@ -125,12 +126,15 @@ def open_source(text: str) -> Source:
 
 
 def masked(url: str) -> str:
-    """The URL without what may be secret: names, passwords and its query."""
+    """The URL without what may be secret: names, passwords, its query and parameters."""
     scheme, separator, rest = url.partition("://")
-    rest, _, query = rest.partition("?")
-    # To the last @, as people do not always escape those of their passwords.
+    # To the last @, as people do not always escape what is in their passwords: not even a ? or #.
     secret, _, rest = rest.rpartition("@")
-    return f"{scheme}{separator}{'***@' * bool(secret)}{rest}{'?***' * bool(query)}"
+    place = re.match("[^?#;]*", rest)
+    assert place is not None  # which may be empty
+    mark = rest[place.end() : place.end() + 1]
+    hidden = f"{mark}***" if rest[place.end() + 1 :] else ""
+    return f"{scheme}{separator}{'***@' * bool(secret)}{place[0]}{hidden}"
 
 
 class Recording:

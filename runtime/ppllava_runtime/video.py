@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -182,6 +182,7 @@ class ChosenFrames:
     ) -> None:
         self._path = path
         self._sample = sample
+        self._fixed: int | None = None
         self._open = partial(opened, path, left or Event(), alone, guard)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], NDArray[np.uint8]]]:
@@ -192,7 +193,7 @@ class ChosenFrames:
             promised = stream.frames - index.num_discarded
             estimate = 0 if stream.frames else expected_frames(source, index.times)
             if index.trusted:
-                choice = _Choice.of(path, stream, index.times, self._sample)
+                choice = _Choice.of(path, stream, index.times, self._sample, self._fixed)
                 damage = _damage(path, len(index.times), promised, estimate)
                 # Left-out pictures may confuse a decoder about the order of those around them.
                 for sparing in (True, False) if can_be_sparing(stream) else (False,):
@@ -209,7 +210,7 @@ class ChosenFrames:
         if everything.num_errors:  # of a sound file, not every packet need be a picture
             promised = max(promised, len(index.times))
         with self._open() as source:
-            choice = _Choice.of(path, source.stream, times, self._sample)
+            choice = _Choice.of(path, source.stream, times, self._sample, self._fixed)
             frames = enumerate(Decoded(source))
             damage = _damage(path, len(times), promised, estimate)
             yield from self._taken(choice, frames, damage, already=len(times))
@@ -254,8 +255,7 @@ class ChosenFrames:
 
     def _fix(self, num_rows: int) -> None:
         """From now on it is so many: one that begins again may find more or fewer frames."""
-        self.num_rows = num_rows
-        self._sample = replace(self._sample, num_frames=num_rows, fps=None)
+        self.num_rows = self._fixed = num_rows
 
 
 def each_picture(
@@ -293,6 +293,7 @@ class _Choice:
         stream: VideoStream,
         times: Sequence[int | None] | NDArray[np.int64],
         sample: Sample,
+        num_rows: int | None = None,
     ) -> _Choice:
         unit = float(stream.time_base or 0)
         origin = times[0]
@@ -303,7 +304,7 @@ class _Choice:
 
         fps = frame_rate(stream, len(times), shown(-1))
         try:
-            indices = sample.indices(len(times), fps)
+            indices = sample.indices(len(times), fps, num_rows)
         except UsageError as error:
             raise UsageError(f"video {path}: {error}") from None
         seconds = (i / fps if (second := shown(i)) is None else second for i in indices)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -129,6 +132,39 @@ def test_refuses_what_has_no_meaning(
     words = [str(clip) if word == "CLIP" else word for word in arguments]
     assert run_command(main, [str(bundle), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", [None, "/heatmap {}\n"])
+def test_does_not_draw_over_what_it_looks_at(
+    bundle: Path, clip: Path, typed: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from ppllava_engines.errors import run_command
+    from ppllava_runtime.chat import main
+
+    before = clip.read_bytes()
+    words = [str(bundle), "--video-input", str(clip), "--max-new-tokens", "2"]
+    words += ["--heatmap", str(clip), "Which?"] if typed is None else []
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Which?\n{typed}".format(clip)))
+    assert run_command(main, words) == (2 if typed is None else 0)
+    assert "this is what is looked at itself" in capsys.readouterr().err
+    assert clip.read_bytes() == before
+
+
+def test_a_source_that_is_not_there_ends_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ppllava_engines.errors import UnavailableError, run_command
+    from ppllava_runtime import feed
+    from ppllava_runtime.chat import main
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/live.ts"
+    monkeypatch.setattr(feed, "Patience", partial(feed.Patience, first=0, least=0.001))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Which?\nAnd now?\n"))
+    code = run_command(main, [str(bundle), "--video-input", url])
+    assert code == UnavailableError.exit_code
+    assert capsys.readouterr().err.count("no picture came in") == 1
 
 
 def test_looks_at_so_many_frames_a_second_of_a_file(

@@ -57,6 +57,19 @@ class TestSample:
         assert 1 <= len(indices) == len(set(indices)) <= most
         assert set(indices) <= set(range(num_frames))
 
+    @pytest.mark.parametrize("sample", [Sample(fps=30.0, most=64), Sample(most=64), Sample(8)])
+    def test_of_a_fixed_number_is_the_same_where_it_was_so_many_anyway(
+        self, sample: Sample
+    ) -> None:
+        assert sample.indices(8, 10, 8) == sample.indices(8, 10)
+
+    @pytest.mark.parametrize("sample", [Sample(fps=30.0, most=64), Sample(most=64)])
+    def test_of_a_fixed_number_leaves_out_no_frame_there_is_room_for(self, sample: Sample) -> None:
+        assert sample.indices(6, 10, 8) == (0, 1, 2, 3, 4, 5, 5, 5)
+        assert sample.indices(9, 10, 8) == choose_frames(9, 8)
+        of_a_span = dataclasses.replace(sample, start=0.5)
+        assert of_a_span.indices(8, 10, 4) == (5, 6, 7, 7)
+
     @pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf")])
     def test_refuses_a_rate_that_is_none(self, fps: float) -> None:
         with pytest.raises(UsageError, match=f"fps is {fps}, expected more than 0"):
@@ -70,10 +83,11 @@ class TestSample:
             Sample(0, fps=2).indices(250, 25)
 
 
-def test_a_file_that_breaks_its_word_keeps_its_number_of_places(tmp_path: Path) -> None:
+def damaged(path: Path) -> Path:
+    """A video of 60 frames, of which 40 to 49 cannot be decoded, as is found out on the way."""
     import av
 
-    path = write_video(tmp_path / "clip.mp4", numbered_frames(60), options={"g": "10", "bf": "0"})
+    write_video(path, numbered_frames(60), options={"g": "10", "bf": "0"})
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0)]
     data = bytearray(path.read_bytes())
@@ -81,7 +95,11 @@ def test_a_file_that_breaks_its_word_keeps_its_number_of_places(tmp_path: Path) 
         assert place is not None
         data[place + 4 : place + size] = bytes(size - 4)
     path.write_bytes(data)
-    chosen = ChosenFrames(path, Sample(fps=6.0))
+    return path
+
+
+def test_a_file_that_breaks_its_word_keeps_its_number_of_places(tmp_path: Path) -> None:
+    chosen = ChosenFrames(damaged(tmp_path / "clip.mp4"), Sample(fps=6.0))
     counts, rows = set(), set[int]()
     for places, _ in chosen:
         counts.add(chosen.num_rows)
@@ -91,6 +109,16 @@ def test_a_file_that_breaks_its_word_keeps_its_number_of_places(tmp_path: Path) 
     # So many of the 60 frames that were announced, and not of the 50 that there are.
     assert counts == {len(chosen.info.indices)} == {round(60 / chosen.info.fps * 6)}
     assert rows == {*range(len(chosen.info.indices))}
+
+
+@pytest.mark.parametrize("sample", [Sample(fps=1000.0), Sample()])
+def test_a_file_that_breaks_its_word_still_shows_all_its_frames(
+    tmp_path: Path, sample: Sample
+) -> None:
+    chosen = ChosenFrames(damaged(tmp_path / "clip.mp4"), sample)
+    rows = {row for places, _ in chosen for row in places}
+    assert rows == {*range(60)}
+    assert chosen.info.indices == (*range(50), *[49] * 10)
 
 
 def test_watches_at_a_rate(bundle: Path, tmp_path: Path) -> None:

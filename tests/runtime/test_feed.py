@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
 from threading import Condition, Event
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ppllava_engines.errors import DataError, UnavailableError, UsageError
 from ppllava_runtime.feed import Backoff, Clock, Feed, Pace, Patience
@@ -262,6 +265,80 @@ def test_ends_with_what_no_new_try_would_change() -> None:
     with Feed(source, 1) as feed, pytest.raises(UnavailableError, match="need OpenCV"):
         feed.frames.take()
     assert source.num_openings == 1
+
+
+def test_a_picture_of_a_connection_that_was_given_up_comes_too_late() -> None:
+    wanted, released, ended = Event(), Event(), Event()
+
+    def picture() -> NDArray[np.uint8]:
+        wanted.set()
+        assert released.wait(20)
+        return PICTURE
+
+    def is_late(_: Event) -> Generator[Shot, None, None]:
+        try:
+            yield Shot(None, picture)
+        finally:
+            ended.set()
+
+    def gives_one(left: Event) -> Generator[Shot, None, None]:
+        yield Shot(None, lambda: PICTURE)
+        left.wait(20)
+
+    def is_silent(left: Event) -> Generator[Shot, None, None]:
+        left.wait(20)
+        yield from ()
+
+    with Feed(Script(is_late, gives_one, is_silent), 1000, patience=SOON) as feed:
+        assert feed.frames.take() is not None
+        assert wanted.is_set()
+        released.set()
+        assert ended.wait(20)
+        assert feed.frames.num_put == 1
+
+
+def test_opens_nothing_after_it_was_closed() -> None:
+    """As it waits for one of the threads that hang to come to itself."""
+    released = Event()
+
+    def hangs(_: Event) -> Generator[Shot, None, None]:
+        released.wait(20)
+        yield Shot(None, lambda: PICTURE)
+
+    class Noting(Clock):
+        def __init__(self) -> None:
+            self.waits: list[float | None] = []
+
+        def wait(self, changed: Condition, seconds: float | None) -> None:
+            self.waits.append(seconds)
+            super().wait(changed, seconds)
+
+    source, clock = Script(hangs), Noting()
+    patience = Patience(first=1000, silence=0.01, least=0.001, most=77)
+    feed = Feed(source, 1, patience=patience, clock=clock)
+    assert reached(lambda: 77 in clock.waits)
+    feed.close()
+    released.set()
+    assert source.num_openings == 3
+
+
+def test_keeps_nothing_of_a_connection_that_was_lost() -> None:
+    """Not even until garbage is collected: it holds a decoder."""
+    held: list[weakref.ref[Event]] = []
+
+    def breaks(_: Event) -> Generator[Shot, None, None]:
+        of_the_decoder = Event()
+        held.append(weakref.ref(of_the_decoder))
+        yield Shot(None, lambda: PICTURE)
+        raise Lost("it broke off")
+
+    gc.disable()
+    try:
+        with Feed(Script(breaks, goes_on), 1000, patience=SOON) as feed:
+            assert reached(lambda: feed.num_recovered == 1)
+            assert reached(lambda: held[0]() is None, 2)
+    finally:
+        gc.enable()
 
 
 def test_closes_while_it_waits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from cuda_double import CudaDouble
 from ppllava_engines.bundle import Bundle
 from ppllava_runtime import Assistant, MemoryStore, Video
+from ppllava_runtime.conversation import TURNS, Turns
 from ppllava_runtime.decoders.caching import Cache, CachingDecoder
 from ppllava_runtime.lane import Lane, LoadedOnce
 from tensorrt_double import install, write_plans
@@ -300,3 +302,54 @@ def test_an_answer_may_be_closed_by_who_does_not_read_it(bundle: Path) -> None:
     assert len(rest) <= 2  # the step that was under way, and what was held back
     assert 1 < len(answer.ids_so_far) < 10
     assert answer.finish_reason == "stop"
+
+
+class TestAnswerThatIsClosed:
+    def test_as_its_reader_leaves_it_ends_all_the_same(self, bundle: Path) -> None:
+        assistant = Assistant.open(bundle)
+        answer = assistant.ask(QUESTIONS[0], max_new_tokens=200, temperature=3.0, seed=1)
+        reading = answer._reading
+
+        class Late:
+            """The lock of who reads, which leaves it just after another one closes the answer."""
+
+            acquire, release = reading.acquire, reading.release
+
+            def __enter__(self) -> None:
+                reading.acquire()
+
+            def __exit__(self, *_: object) -> None:
+                answer.close()
+                reading.release()
+
+        answer._reading = Late()  # type: ignore[assignment]
+        assert answer._advance()
+        assert inspect.getgeneratorstate(answer._coming) == inspect.GEN_CLOSED
+        assert answer.finish_reason == "stop"
+
+    @pytest.mark.parametrize("turns", TURNS)
+    def test_by_the_next_question_is_the_same_in_all_that_follow(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch, turns: Turns
+    ) -> None:
+        assistant = Assistant.open(bundle).load()
+        generate, lengths = assistant.decoder.generate, list[int]()
+
+        def noted(parts: Any, *rest: Any) -> Any:
+            lengths.append(sum(map(len, parts)))
+            return generate(parts, *rest)
+
+        monkeypatch.setattr(assistant.decoder, "generate", noted)
+        conversation = assistant.converse(turns)
+        left = conversation.ask(QUESTIONS[0], max_new_tokens=200, temperature=3.0, seed=1)
+        next(iter(left))
+        count = len(left.ids_so_far)
+        with ThreadPoolExecutor(1) as pool:
+            with assistant.lane:  # so that the reader waits in the middle of a step
+                reading = pool.submit(lambda: left.ids)
+                waited_for(assistant.lane, 1)
+                later = conversation.ask(QUESTIONS[1], max_new_tokens=1)
+            assert len(reading.result(LONG)) == count + 1  # which came too late
+        said = len(later.ids)
+        conversation.ask(QUESTIONS[2], max_new_tokens=1)
+        new = len(assistant.prompts.build_next(QUESTIONS[2]).ids)
+        assert lengths[2] == lengths[1] + said + new

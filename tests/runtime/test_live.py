@@ -12,7 +12,10 @@ import pytest
 from ppllava_engines.errors import UsageError
 from ppllava_engines.memory_layout import MEMORY_KINDS, MemoryKind
 from ppllava_runtime import Assistant
+from ppllava_runtime.asking import Schema
+from ppllava_runtime.decoders import Constraint
 from ppllava_runtime.live import LiveVideo
+from ppllava_runtime.memory import THUMBNAIL_SIDE
 from tiny_videos import numbered_frames
 
 FRAMES = numbered_frames(40)
@@ -93,6 +96,36 @@ def test_takes_no_more_memory_than_it_says(assistant: Assistant) -> None:
     assert size >= 2 * assistant.layout.num_bytes(8) + 8 * FRAMES[0].nbytes
     assert f"{size / 1e6:.1f} MB" in live.describe()
     assert "each frame encoded once" in live.describe()
+
+
+def test_counts_what_the_tower_gets(assistant: Assistant, coupled: Assistant) -> None:
+    for one, num_frames in ((assistant, 1), (coupled, 8)):
+        live = LiveVideo(one, 4, 2)
+        held = 2 * one.layout.num_bytes(8) if one is assistant else one.layout.num_bytes(8)
+        side = one.model.image_size
+        squares = 8 * 3 * side**2 if one is coupled else 0
+        small = 8 * 3 * THUMBNAIL_SIDE**2
+        assert live.nbytes >= held + squares + small + num_frames * 4 * 3 * side**2
+
+
+def test_frames_come_while_a_schema_is_understood(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveVideo(assistant, 4, 2)
+    fill(live, 0, 2)
+    understood = assistant.constraint
+    came: list[int] = []
+
+    def slow(json_schema: Schema | None, regex: str | None) -> Constraint | None:
+        coming = Thread(target=fill, args=(live, 2, 3), daemon=True)
+        coming.start()
+        coming.join(10)
+        came.append(live.num_seen)
+        return understood(json_schema, regex)
+
+    monkeypatch.setattr(assistant, "constraint", slow)
+    live.ask(QUESTION, max_new_tokens=2, regex="[a-z]+")
+    assert came == [3]
 
 
 def test_pools_the_ring_without_a_copy(assistant: Assistant) -> None:

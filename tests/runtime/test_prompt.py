@@ -224,6 +224,15 @@ class TestPrompt:
             with pytest.raises(UsageError, match=f"is read as containing the reserved '{token}'"):
                 prompts.build(f"a {token} b")
 
+    @pytest.mark.parametrize("token", [" end", "# ", "  ", " #"])
+    def test_refuses_what_a_space_does_not_make_harmless(self, token: str) -> None:
+        decoder = decoder_tokenizer()
+        decoder.add_tokens([AddedToken(token, special=True, normalized=False)])
+        prompts = PromptBuilder(decoder, text_tokenizer(), model())
+        with pytest.raises(UsageError, match=f"is read as containing the reserved '{token}'"):
+            prompts.build(f"a{token}b")
+        assert prompts.build("fine</s>").ids
+
     def test_refuses_what_becomes_a_token_of_the_decoder(self) -> None:
         decoder = lowering_decoder(AddedToken("<|end|>", special=True, normalized=True))
         prompts = PromptBuilder(decoder, text_tokenizer(), model())

@@ -243,3 +243,39 @@ def test_a_bundle_without_tokenizers_recalls_nothing(
     assistant.bundle = dataclasses.replace(assistant.bundle, manifest=mute)
     with pytest.raises(IncompatibleError, match="exported without tokenizers"):
         assistant.converse().recall(FIRST, "Red.")
+
+
+def test_a_history_that_cannot_fit_is_refused_before_it_is_embedded(
+    assistant: Assistant, video: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """150 turns of strangers once took all of a machine's memory before they were counted."""
+    embedded: list[int] = []
+    embed = assistant.decoder.embed
+
+    def counted(ids: Any) -> Any:
+        embedded.append(len(ids))
+        return embed(ids)
+
+    monkeypatch.setattr(assistant.decoder, "embed", counted)
+    most = assistant.decoder.max_positions
+    words = "square " * (most // 2)
+    conversation = video.converse()
+    with pytest.raises(UsageError, match=rf"the conversation is \d+ tokens .* holds {most}"):
+        for _ in range(4):
+            conversation.recall(FIRST, words)
+    with pytest.raises(UsageError, match=rf"the conversation is \d+ tokens .* holds {most}"):
+        video.ask(words * 3)
+    assert embedded == []
+
+
+@pytest.mark.parametrize("place", ["preface", "question", "answer"])
+def test_a_text_of_megabytes_is_not_even_read(video: Video, place: str) -> None:
+    most = video.assistant.decoder.max_positions
+    text = "a " * (64 * most)
+    with pytest.raises(UsageError, match=f"{len(text)}|{len(text + FIRST)} characters long"):
+        if place == "preface":
+            video.converse(preface=text)
+        elif place == "question":
+            video.ask(text)
+        else:
+            video.converse().recall(FIRST, text)

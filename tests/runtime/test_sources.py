@@ -55,6 +55,8 @@ def test_opens_what_is_named(text: str, kind: type) -> None:
         ("csi://٣", UsageError, "e.g. csi://0"),
         ("missing.mp4", NotFoundError, "video missing.mp4: no such file"),
         (".", DataError, "not a file"),
+        ("/dev/video", NotFoundError, "no such file"),
+        ("/dev/videoX", NotFoundError, "no such file"),
     ],
 )
 def test_refuses_what_is_none(text: str, error: type[Exception], said: str) -> None:
@@ -70,8 +72,12 @@ def test_refuses_what_is_none(text: str, error: type[Exception], said: str) -> N
         ("rtsp://me:secret@camera/live", "rtsp://***@camera/live"),
         ("rtsp://me:s@e/c@camera:554/live", "rtsp://***@camera:554/live"),
         ("http://camera/live?token=secret", "http://camera/live?***"),
-        ("http://me:secret@camera/?key=a@b", "http://***@camera/?***"),
+        ("http://me:secret@camera/?key=a@b", "http://***@b"),  # or a password with a ?
         ("rtsp://camera/live", "rtsp://camera/live"),
+        ("rtsp://me:se?cret@camera/live", "rtsp://***@camera/live"),
+        ("rtsp://me:s#e?c;ret@camera/live?a", "rtsp://***@camera/live?***"),
+        ("http://camera/live#secret", "http://camera/live#***"),
+        ("rtsp://camera/user=me;password=secret", "rtsp://camera/user=me;***"),
     ],
 )
 def test_names_no_secrets(url: str, expected: str) -> None:
@@ -83,6 +89,29 @@ def test_reads_a_stream(kind: Literal["http", "rtsp"], tmp_path: Path) -> None:
     with live_server(tmp_path, kind, fps=100) as server:
         found = numbers(open_source(server.url), 50)
     assert found == [(found[0] + place) % NUM_NUMBERS for place in range(50)]
+
+
+def test_reads_a_stream_from_its_first_keyframe(tmp_path: Path) -> None:
+    """Which is the only one that it has."""
+    from threading import Thread
+
+    options = {"g": "250", "tune": "zerolatency"}
+    clip = write_video(tmp_path / "clip.ts", numbered_frames(200), options=options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def send() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + clip.read_bytes()
+                )
+
+        sending = Thread(target=send, daemon=True)
+        sending.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/live.ts"
+        assert numbers(open_source(url), 150) == list(range(150))
+        sending.join(10)
 
 
 def test_gives_a_password_and_never_tells_it(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.asking import DEFAULT_MAX_NEW_TOKENS
-from ppllava_runtime.server.answering import Check, in_thread
-from ppllava_runtime.server.asked import Asked, read_asked
+from ppllava_runtime.server.answering import Check, aside, in_thread
+from ppllava_runtime.server.asked import Asked, Item, read_asked
 from ppllava_runtime.server.errors import ApiError
+from ppllava_runtime.server.media import Remembered, Uuids
 from ppllava_runtime.server.replies import ChatCompletionChunk
 from ppllava_runtime.server.schema import read_request
 from server_process import Served
@@ -229,3 +230,64 @@ def test_who_leaves_before_it_is_asked_for_is_known_at_once() -> None:
     check.leave()
     check.on_leaving(ended.set)
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("size", [1 << 10, 1 << 20])
+def test_what_is_large_is_read_while_others_are_answered(size: int) -> None:
+    async def run() -> bool:
+        loop, answered = asyncio.get_running_loop(), threading.Event()
+
+        def read() -> bool:
+            loop.call_soon_threadsafe(answered.set)
+            # Where it is small nobody needs to be answered meanwhile.
+            return answered.wait(SECONDS if size > 1 << 18 else 0)
+
+        return await aside(size, read)
+
+    assert asyncio.run(run()) == (size > 1 << 18)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url"},
+        {"type": "video_url", "video_url": None},
+        {"type": "video_url", "video_url": {}},
+        {"type": "input_video"},
+        {"type": "input_video", "input_video": {"format": "mp4"}},
+        {"type": "video", "fps": 2},
+        {"type": "image_url"},
+        {"type": "image_url", "image_url": {"url": None}},
+    ],
+)
+def test_a_name_stands_for_content_that_is_left_out(part: dict[str, object]) -> None:
+    (item,) = asked(user(part | {"uuid": "name"})).items
+    assert (item.urls, item.uuid) == (None, "name")
+    with pytest.raises(ApiError, match="neither content nor a uuid"):
+        asked(user(part))
+
+
+def test_names_are_lost_by_who_gave_most() -> None:
+    uuids, remembered = Uuids(6), Remembered("key", ())
+
+    def named(name: str) -> list[Item]:
+        return [Item("image", None, name, "messages[0].content[0]")]
+
+    for name in ("one", "two"):
+        uuids.put("quiet", named(name), remembered)
+    for number in range(20):
+        uuids.put("loud", named(str(number)), remembered)
+        assert uuids.get("loud", named("0")) is remembered
+    assert all(uuids.get("quiet", named(name)) for name in ("one", "two"))
+    kept = [number for number in range(20) if uuids.get("loud", named(str(number)))]
+    assert kept == [0, 17, 18, 19]  # the ones used last
+    uuids.put("new", named("one"), remembered)
+    assert uuids.get("new", named("one")) is not None
+    assert sum(uuids.get("loud", named(str(number))) is not None for number in kept) == 3
+
+
+def test_relevance_without_anything_to_be_seen_is_refused() -> None:
+    with pytest.raises(ApiError, match="nothing to be seen") as caught:
+        asked(user(), x_ppllava={"relevance": "curve"})
+    assert (caught.value.status, caught.value.param) == (400, "x_ppllava.relevance")
+    assert asked(user(), x_ppllava={}).relevance is None

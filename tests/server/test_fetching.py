@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import shutil
+import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -202,12 +204,16 @@ def test_an_answer_that_is_none_is_told(name: str) -> None:
     assert ask(saying(BAD[name]), what).num_connections == 1
 
 
+# How slow they are; nobody waits for that.
+DRIP_SECONDS = 0.01
+
+
 async def dripping_head(_: str, __: object, writer: Any) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\n")
     while True:
         writer.write(b"X: x\r\n")
         await writer.drain()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(DRIP_SECONDS)
 
 
 async def dripping_body(_: str, __: object, writer: Any) -> None:
@@ -215,14 +221,14 @@ async def dripping_body(_: str, __: object, writer: Any) -> None:
     while True:
         writer.write(b"x")
         await writer.drain()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(DRIP_SECONDS)
 
 
 async def not_yet(_: str, __: object, writer: Any) -> None:
     while True:
         writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
         await writer.drain()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(DRIP_SECONDS)
 
 
 async def silent(_: str, reader: asyncio.StreamReader, __: object) -> None:
@@ -246,6 +252,40 @@ def test_a_resolver_that_does_not_answer_is_left_in_time() -> None:
     settings = Settings(private_hosts=("nvr.lan",))
     it = Fetcher(Policy(settings), LIMITS, seconds=0.1, resolve=resolve)
     assert "in time" in asyncio.run(refused(it, "http://nvr.lan/"))
+
+
+def test_names_that_nobody_answers_for_keep_no_files_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than a loop has threads of its own; files are written meanwhile."""
+    asked, answered = threading.Semaphore(0), threading.Event()
+
+    def resolving(*_: object, **__: object) -> list[object]:
+        asked.release()
+        assert answered.wait(20)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolving)
+    settings = Settings(private_hosts=("nvr.lan",), media=LIMITS)
+    spool = Spool(tmp_path, LIMITS)
+    it = Fetcher(Policy(settings), LIMITS)
+
+    async def run() -> None:
+        several = [asyncio.create_task(refused(it, "http://nvr.lan/")) for _ in range(40)]
+        assert await asyncio.to_thread(asked.acquire, timeout=20)
+        try:
+            async with spool.request() as files:
+                adding = files.add(it.fetch("data:video/mp4;base64,AAAA"))
+                assert (await asyncio.wait_for(adding, 10)).num_bytes == 3
+        finally:
+            answered.set()
+        await asyncio.gather(*several)
+
+    try:
+        asyncio.run(run())
+    finally:
+        it.close()
+        spool.close()
 
 
 def test_who_is_cancelled_leaves_the_connection() -> None:

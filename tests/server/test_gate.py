@@ -164,6 +164,7 @@ def test_a_socket_wants_a_key(locked: Served, offered: str | None) -> None:
     assert response.status_code == 401
     assert response.body is not None
     assert json.loads(response.body)["error"]["type"] == "authentication_error"
+    assert locked.log.read_text() == ""
 
 
 def test_a_socket_takes_a_key_as_a_browser_sends_it(locked: Served) -> None:
@@ -217,7 +218,10 @@ def test_bodies_together_are_bounded(locked: Served) -> None:
             readable, _, _ = select.select(several, [], [], 10)
             assert readable, "nobody was refused"
             for connection in readable:
-                refused.append(connection.recv(4096))
+                told = b""
+                while b"}}" not in told and (piece := connection.recv(4096)):
+                    told += piece
+                refused.append(told)
                 several.remove(connection)
                 connection.close()
         assert len(several) == 4
@@ -247,6 +251,9 @@ def test_every_response_says_what_a_browser_needs(server: Served) -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/health/", 404, "not_found"),
+        ("POST", f"{ROUTE}/", 404, "not_found"),
         ("GET", "/v1/models/nothing", 404, "model_not_found"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", ROUTE, 405, "method_not_allowed"),
@@ -286,3 +293,48 @@ def test_a_failure_inside_says_nothing_of_it(
     assert "secret" not in answer.text
     assert "a secret of the inside" in caplog.text  # for who runs it
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nContent-Length: {1 << 30}\r\n", 401),
+        (f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n", 401),
+        (f"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: {BODY_BYTES}\r\n", 404),
+        (f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {1 << 30}\r\n", 413),
+    ],
+)
+def test_a_body_that_is_not_wanted_is_not_taken(locked: Served, head: str, status: int) -> None:
+    """The answer comes at once, and ends the connection: what is sent on and on finds nobody."""
+    chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+    with socket.create_connection(("127.0.0.1", locked.port), 10) as connection:
+        connection.sendall(f"{head}\r\n".encode())
+        told = b""
+        while b"}}" not in told:
+            told += connection.recv(4096)
+        assert told.startswith(f"HTTP/1.1 {status} ".encode())
+        assert b"\r\nconnection: close\r\n" in told
+        num_taken = 0
+        with pytest.raises(ConnectionError):
+            while num_taken < 64:
+                connection.sendall(chunk)
+                num_taken += 1
+    assert num_taken < 32  # what is forgotten, and what the kernel holds
+
+
+def test_before_the_model_is_there_nothing_is_asked_of_it(bundle: Path, tmp_path: Path) -> None:
+    app = create_app(bundle, Settings(spool=tmp_path))
+
+    async def ask() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            paths = ("/health", "/health/ready", "/v1/models")
+            told = [await client.get(path) for path in paths]
+        await app.state.service.close()
+        return told
+
+    there, ready, models = asyncio.run(ask())
+    assert there.status_code == 200
+    for answer in (ready, models):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert int(answer.headers["retry-after"]) > 0

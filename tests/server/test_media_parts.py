@@ -113,7 +113,7 @@ def test_pictures_are_seen_together(ask: Ask) -> None:
 
 
 def test_without_anything_to_see_there_is_nothing_to_tell(ask: Ask) -> None:
-    found = told(ask(x_ppllava={"relevance": "heatmaps"}))
+    found = told(ask())
     assert (found["media"], found["cached"], found["relevance"]) == ([], False, None)
     assert found["frames"] == {"decoded": 0, "sampled": 0, "encoded": 0}
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from load import Withheld, alone, picture, question
 from ppllava_runtime.server.metrics import CONTENT_TYPE
@@ -157,11 +159,24 @@ def test_a_live_session_is_counted(quiet: Served) -> None:
     assert events[-1]["type"] == "session.done", events
     after = moved(quiet, before)
     assert "ppllava_live_sessions{}" not in after
+    route = "/v1/video/chat/stream"
+    assert after[f"ppllava_requests_total{{route={route},status=101}}"] == 1
     assert after["ppllava_live_frames_total{fate=received}"] == 3
     done = sum(after.get(f"ppllava_live_frames_total{{fate={fate}}}", 0)
                for fate in ("dropped", "encoded"))  # fmt: skip
     assert done == 3
     assert after["ppllava_stage_seconds_count{stage=generate}"] == 1
+
+
+def test_a_socket_that_is_refused_is_counted(quiet: Served) -> None:
+    before = scraped(quiet)
+    stream = f"ws://127.0.0.1:{quiet.port}/v1/video/chat/stream"
+    with pytest.raises(InvalidStatus) as caught, connect(stream, origin=Origin("http://evil.it")):
+        pass
+    assert caught.value.response.status_code == 403
+    assert caught.value.response.headers["x-content-type-options"] == "nosniff"
+    after = moved(quiet, before)
+    assert after["ppllava_requests_total{route=/v1/video/chat/stream,status=403}"] == 1
 
 
 def test_names_of_others_making_are_not_kept(quiet: Served) -> None:
@@ -170,7 +185,8 @@ def test_names_of_others_making_are_not_kept(quiet: Served) -> None:
         httpx2.get(f"{quiet.url}/nowhere/{number}")
         httpx2.get(f"{quiet.url}/v1/models/{number}")
     after = moved(quiet, before)
-    assert after["ppllava_requests_total{route=other,status=404}"] == 10
+    assert after["ppllava_requests_total{route=other,status=404}"] == 5
+    assert after["ppllava_requests_total{route=/v1/models/{model},status=404}"] == 5
     assert not any(re.search(r"nowhere|models/\d", name) for name in after)
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import httpx2
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from server_process import Serve, Served
 
+from chromium import Visit, chromium, visit
 from ppllava_runtime.server.page import CONTENT_SECURITY_POLICY, read_assets
-
-from .chromium import Visit, chromium, visit
+from server_process import Served
 
 VIDEO = Path(__file__).parents[2] / "examples" / "tiny_world" / "sample.mp4"
 
@@ -141,10 +140,10 @@ def test_other_frames_are_asked_for_by_sending_the_video_again(open_page: Visit)
 def test_earlier_questions_go_along_where_a_person_wants_that(open_page: Visit) -> None:
     page = open_page.page
     page.set_input_files("#files", VIDEO)
-    open_page.ask("What is it?")
     page.locator("#options summary").click()
     page.get_by_label("Each question knows").check()
     page.fill("#max-tokens", "3")
+    open_page.ask("What is it?")
     open_page.ask("And why?")
     body = open_page.posts[1]
     assert [one["role"] for one in body["messages"]] == ["user", "assistant", "user"]
@@ -154,10 +153,11 @@ def test_earlier_questions_go_along_where_a_person_wants_that(open_page: Visit) 
 
 def test_a_keyboard_is_enough(open_page: Visit) -> None:
     page = open_page.page
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "Skip to the question"
-    page.keyboard.press("Tab")
     with page.expect_file_chooser() as chosen:
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name="Skip to the question")).to_be_focused()
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Choose files")).to_be_focused()
         page.keyboard.press("Enter")
     chosen.value.set_files(VIDEO)
     expect(page.locator("#question")).to_be_focused()

@@ -16,6 +16,7 @@ import pytest
 from ppllava_engines.errors import StorageError, UsageError
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.server.errors import ApiError
+from ppllava_runtime.server.settings import Settings
 from ppllava_runtime.server.spool import Spool
 
 LIMITS = MediaLimits(num_bytes=4 << 20)
@@ -96,6 +97,32 @@ def test_all_files_together_have_a_limit(spool: Spool) -> None:
 
     asyncio.run(run())
     assert spool.num_bytes == 0
+
+
+def test_what_never_fits_is_refused_for_good(spool: Spool) -> None:
+    """Not with 429, after which clients send all of it again."""
+
+    async def run() -> None:
+        async with spool.request() as other, spool.request() as files:
+            await other.add(Chunks(b"x")())
+            await files.add(Chunks(bytes(4 << 20))())
+            with pytest.raises(ApiError) as caught:
+                await files.add(Chunks(bytes(2 << 20))())
+            assert caught.value.status == 429  # without the other one it would just about fit
+        async with spool.request() as files:
+            await files.add(Chunks(bytes(4 << 20))())
+            with pytest.raises(ApiError) as caught:
+                await files.add(Chunks(bytes(1 << 20), bytes(1 << 20), b"x")())
+        assert (caught.value.status, caught.value.code) == (400, "media_too_large")
+
+    asyncio.run(run())
+    assert (files_in(spool), spool.num_bytes) == ([], 0)
+
+
+def test_there_is_room_for_the_largest_file_of_each_request() -> None:
+    large = Settings(num_running=3, media=MediaLimits(num_bytes=1 << 30))
+    assert large.spool_bytes == 3 << 30
+    assert Settings().spool_bytes == 2 << 30
 
 
 def test_a_source_that_fails_leaves_nothing(spool: Spool) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from threading import Lock
 from typing import TypeVar
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_SMALL = 1 << 18  # bytes, whose reading takes about as long as handing them to a thread
 
 
 class Left(Exception):
@@ -34,17 +37,21 @@ class Check:
             raise Left
 
     def leave(self) -> None:
-        """From now on nobody waits."""
+        """From now on nobody waits; `end` is to be called then."""
         with self._lock:
             self._has_left = True
+
+    def end(self) -> None:
+        """Calls what is to be called when nobody waits, which may wait for the device."""
         for end in self._ends:
             end()
 
     def on_leaving(self, end: Callable[[], object]) -> None:
         """Has `end` called, from another thread, when nobody waits any more."""
         with self._lock:
-            self._ends.append(end)
             has_left = self._has_left
+            if not has_left:
+                self._ends.append(end)
         if has_left:
             end()
 
@@ -79,12 +86,26 @@ async def in_thread(
     try:
         await asyncio.wait([working])
     except asyncio.CancelledError:
-        # In another thread, as to end something may take until the device is free.
-        await settled(working, loop.run_in_executor(None, check.leave))
+        check.leave()
+        # In a thread of its own, as to end something may take until the device is free, and files
+        # of others may keep all that are shared.
+        own = ThreadPoolExecutor(1, "leaving")
+        leaving = loop.run_in_executor(own, check.end)
+        own.shutdown(wait=False)
+        await settled(working, leaving)
         if not working.cancelled():
             working.exception()  # looked at, though nobody is to hear of it
         raise
     working.result()
+
+
+async def aside(size: int, read: Callable[[], Found]) -> Found:
+    """What `read` makes of so many bytes; of many in a thread, as others want the event loop too.
+
+    Raises:
+        Exception: What `read` raises.
+    """
+    return await asyncio.to_thread(read) if size > _SMALL else read()
 
 
 async def settled(*futures: asyncio.Future[None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator
 from http import HTTPStatus
@@ -25,18 +26,11 @@ from ppllava_runtime.server.errors import ApiError, error_response
 from ppllava_runtime.server.gate import Gate
 from ppllava_runtime.server.live_socket import live_socket
 from ppllava_runtime.server.openapi import openapi
+from ppllava_runtime.server.protocol import HEADERS
 from ppllava_runtime.server.service import Service
 from ppllava_runtime.server.settings import Settings
 
-_NO_STORE = {"cache-control": "no-store"}
-# Of the page's own answers, which say more, these stay as they are.
-_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cache-control": "no-store",
-}
+_Names = tuple[tuple[re.Pattern[str], str], ...]
 
 
 def create_app(
@@ -67,11 +61,15 @@ def create_app(
 def app_of(service: Service) -> Starlette:
     """The application around a service that is there."""
     routes = _routes()
-    paths = frozenset(route.path for route in routes if isinstance(route, Route | WebSocketRoute))
+    names = tuple(
+        (route.path_regex, route.path_format)
+        for route in routes
+        if isinstance(route, Route | WebSocketRoute)
+    )
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(_Ledger, service=service, paths=paths),
+            Middleware(_Ledger, service=service, names=names),
             Middleware(Gate, service=service),
         ],
         exception_handlers={
@@ -81,6 +79,7 @@ def app_of(service: Service) -> Starlette:
         lifespan=_lifespan,
     )
     app.state.service = service
+    app.router.redirect_slashes = False  # a redirect would have no body that says anything
     return app
 
 
@@ -166,12 +165,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class _Ledger:
     """Counts responses, adds the headers that all of them have, and answers where nobody could."""
 
-    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, service: Service, names: _Names) -> None:
         self._app = app
         self._metrics = service.metrics
-        self._paths = paths
+        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._app(scope, receive, self._counting(scope, send))
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -183,7 +185,7 @@ class _Ledger:
             if message["type"] == "http.response.start":
                 has_begun, status = True, message["status"]
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
+                for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -194,6 +196,25 @@ class _Ledger:
                 raise
             await ApiError.of(error).response()(scope, receive, noting)
         finally:
-            # Names of others' making would be as many as they like.
-            route = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.responded(route, status, time.perf_counter() - began)
+            status = scope.get("state", {}).get("refused", status)
+            self._metrics.responded(self._route(scope), status, time.perf_counter() - began)
+
+    def _counting(self, scope: Scope, send: Send) -> Send:
+        """Counts how a WebSocket is answered: with a session, or not."""
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "websocket.accept":
+                self._metrics.responded(self._route(scope), 101)
+            elif message["type"] == "websocket.http.response.start":
+                self._metrics.responded(self._route(scope), message["status"])
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        return counting
+
+    def _route(self, scope: Scope) -> str:
+        # Names of others' making would be as many as they like.
+        path = scope["path"]
+        return next((name for regex, name in self._names if regex.match(path)), "other")

@@ -105,6 +105,9 @@ def read_asked(request: ChatCompletionRequest) -> Asked:
         for where, _ in _media(place, message):
             _refuse(where, "it is to be seen, but not in the first message of the user: move it")
     items = _items(list(_media(*users[0])), request)
+    relevance = request.x_ppllava.relevance if request.x_ppllava else None
+    if relevance is not None and not items:
+        _refuse("x_ppllava.relevance", "there is nothing to be seen: leave it out")
     questions = [_text(message.content) for _, message in users]
     return Asked(
         items,
@@ -112,7 +115,7 @@ def read_asked(request: ChatCompletionRequest) -> Asked:
         tuple(zip(questions, assistants, strict=False)),
         questions[-1],
         options_of(request, bool(items)),
-        request.x_ppllava.relevance if request.x_ppllava else None,
+        relevance,
     )
 
 
@@ -154,7 +157,7 @@ def _items(
 
 def _item(param: str, part: MediaPart, options: VideoOptions) -> Item:
     if isinstance(part, ImageUrlPart):
-        image = part.image_url or ImageUrl(url=None)
+        image = part.image_url or ImageUrl()
         urls = None if image.url is None else (image.url,)
         return Item("image", urls, _uuid(param, part.uuid, image.uuid), param)
     if isinstance(part, FramesPart):
@@ -164,7 +167,7 @@ def _item(param: str, part: MediaPart, options: VideoOptions) -> Item:
         num_frames = _first(part.num_frames, options.num_frames)
         return Item("frames", frames, part.uuid, param, part.fps, num_frames)
     given = part.video_url if isinstance(part, VideoUrlPart) else part.input_video
-    inside = given or VideoUrl(url=None)
+    inside = given or VideoUrl()
     url = _url(inside)
     return Item(
         "video",

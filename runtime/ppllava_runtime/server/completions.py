@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ppllava_runtime.server.answering import Check, in_thread, settled
+from ppllava_runtime.server.answering import Check, aside, in_thread, settled
 from ppllava_runtime.server.asked import Asked, read_asked
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.media import Media, gathered
@@ -72,19 +72,27 @@ async def chat_completions(request: Request) -> Response:
         body = b"".join([chunk async for chunk in request.stream()])
     except ClientDisconnect as error:
         raise ApiError(400, "request: its body ended early", code="incomplete_body") from error
+    content_type = request.headers.get("content-type", "")
     try:
-        asked_for = read_request(body, request.headers.get("content-type", ""))
-        if asked_for.model != service.model_id:
-            raise ApiError(
-                404,
-                f"request: model is {asked_for.model[:60]!r}, expected {service.model_id!r}",
-                code="model_not_found",
-                param="model",
-            )
-        asked = read_asked(asked_for)
+        asked_for, asked = await aside(
+            len(body), lambda: _read(body, content_type, service.model_id)
+        )
     except Exception as error:
         raise ApiError.of(error) from error
     return _Completion(service, asked_for, asked, request.state.tenant)
+
+
+def _read(body: bytes, content_type: str, model_id: str) -> tuple[ChatCompletionRequest, Asked]:
+    """The request in a body, and what it asks for."""
+    request = read_request(body, content_type)
+    if request.model != model_id:
+        raise ApiError(
+            404,
+            f"request: model is {request.model[:60]!r}, expected {model_id!r}",
+            code="model_not_found",
+            param="model",
+        )
+    return request, read_asked(request)
 
 
 class _Completion(Response):
@@ -139,6 +147,7 @@ class _Completion(Response):
         video, seen = (service.assistant, ()) if found is None else found
         conversation = video.converse(preface=asked.preface)
         for question, said in asked.turns:
+            check()
             conversation.recall(question, said)
         check()
         answer = conversation.answer(asked.question, asked.options)

@@ -13,7 +13,9 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from typing import TypeAlias, TypeVar
 
@@ -35,6 +37,7 @@ _CONNECT_SECONDS = 5.0
 _SILENT_SECONDS = 15.0
 _READ_BYTES = 1 << 20
 _MOST_ADDRESSES = 4
+_LOOKUPS = 4  # at once
 
 T = TypeVar("T")
 
@@ -60,9 +63,15 @@ class Fetcher:
         self.policy = policy
         self.limits = limits
         self.seconds = seconds
-        self._resolve = resolve or _system_addresses
+        self._resolve = resolve or self._look_up
+        # Of its own: names that nobody answers for must not keep files from being written.
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "looking up")
         # The certificates that the system trusts, or those of SSL_CERT_FILE.
         self._tls = ssl.create_default_context()
+
+    def close(self) -> None:
+        """Looks no more names up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def fetch(self, url: str) -> AsyncGenerator[bytes, None]:
         """Yields what is behind a URL; to be closed, as `Files.add` of the spool does.
@@ -162,6 +171,12 @@ class Fetcher:
             )
         return [str(address) for address in dict.fromkeys(found)]
 
+    async def _look_up(self, host: str, port: int) -> list[str]:
+        """What the system's resolver says."""
+        asking = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, asking)
+        return [str(place[0]) for *_, place in found]
+
     def _check(self, target: Remote, answer: httpcore2.Response) -> None:
         """Refuses an answer before its body is read."""
         if answer.status != 200:
@@ -208,12 +223,6 @@ class _Dialler(httpcore2.AsyncNetworkBackend):
         """Closes the connection, which an interrupted handshake may have left open."""
         if self._stream is not None:
             await self._stream.aclose()
-
-
-async def _system_addresses(host: str, port: int) -> list[str]:
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(place[0]) for *_, place in found]
 
 
 def _plain(text: str) -> Address:

@@ -7,20 +7,23 @@
 - Key: /v1/ and /metrics want `Authorization: Bearer KEY`. A browser cannot send that with a
   WebSocket: it offers the subprotocols "ppllava" and "key." + base64url(KEY) without padding, and
   "ppllava" is what it is answered with.
-- Body: its stated length, then what really comes, and all bodies in memory together.
+- Body: its stated length, then what really comes, and all bodies in memory together. A response
+  that does not wait for all of it is the connection's last, and little more of it is read.
 
 `request.state.tenant` is the key's hash from then on; "" where there are no keys.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
+from contextlib import suppress
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ppllava_runtime.server.errors import ApiError
@@ -32,6 +35,9 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 # Several of the largest at once, but not as many as there are connections.
 _BODIES_TOGETHER = 4
+# Read and forgotten after a refusal: a client that sends all before it reads is told then, too.
+_FORGOTTEN_BYTES = 8 << 20
+_FORGOTTEN_SECONDS = 2.0
 
 
 class Gate:
@@ -55,6 +61,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        body = _Body(self, headers, receive, send)
+        if scope["type"] == "http":
+            send = body.send
         try:
             scope.setdefault("state", {})["tenant"] = self._check(scope, headers)
         except ApiError as error:
@@ -63,7 +72,6 @@ class Gate:
         if scope["type"] == "websocket":
             await self._app(scope, receive, _choosing_ours(scope, send))
             return
-        body = _Body(self, receive)
         try:
             await self._app(scope, body.receive, send)
         finally:
@@ -145,20 +153,46 @@ class Gate:
 
 
 class _Body:
-    """Counts a request's body as it comes."""
+    """Counts a request's body as it comes, and ends the connection of one that is not wanted."""
 
-    def __init__(self, gate: Gate, receive: Receive) -> None:
+    def __init__(self, gate: Gate, headers: Headers, receive: Receive, send: Send) -> None:
         self._gate = gate
         self._receive = receive
+        self._send = send
+        self._is_read = (
+            headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        )
+        self._ends = False  # the connection, with this response
         self.num_bytes = 0
 
     async def receive(self) -> Message:
         message = await self._receive()
+        self._is_read = not message.get("more_body", False)
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.num_bytes += size
             self._gate.count(size, self.num_bytes)
         return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._is_read:
+            self._ends = True
+            MutableHeaders(scope=message)["connection"] = "close"
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if self._ends and is_last:
+            # All is said. To close while bytes come would take it back from who has not read it.
+            await self._send({**message, "more_body": True})
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._forget(), _FORGOTTEN_SECONDS)
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _forget(self) -> None:
+        num_bytes = 0
+        while not self._is_read and num_bytes < _FORGOTTEN_BYTES:
+            message = await self._receive()
+            num_bytes += len(message.get("body", b""))
+            self._is_read = not message.get("more_body", False)
 
 
 def _check_origin(origin: str, host: str) -> None:

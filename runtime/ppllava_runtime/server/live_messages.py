@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ppllava_engines import strict_json
 from ppllava_engines.errors import DataError
 from ppllava_runtime.asking import Options
+from ppllava_runtime.server.answering import aside
 from ppllava_runtime.server.asked import Relevance, options_of
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.schema import read_request
@@ -74,9 +77,13 @@ class SentFrame(_Message):
             ApiError: Not base64.
         """
         try:
-            return base64.b64decode(self.data, validate=True)
+            return self._decoded
         except (binascii.Error, ValueError) as error:
             raise _refusal("video.frame.data", f"it is not base64: {error}") from error
+
+    @cached_property
+    def _decoded(self) -> bytes:
+        return base64.b64decode(self.data, validate=True)
 
 
 class Done(_Message):
@@ -111,6 +118,19 @@ class Query:
 _OTHERS: TypeAdapter[Config | SentFrame | Done | Cancel] = TypeAdapter(
     Annotated[Config | SentFrame | Done | Cancel, Field(discriminator="type")]
 )
+
+
+async def read_aside(text: str, model_id: str) -> Config | SentFrame | Query | Done | Cancel:
+    """The same as `read_message`, while the event loop goes on."""
+    return await aside(len(text), lambda: _read(text, model_id))
+
+
+def _read(text: str, model_id: str) -> Config | SentFrame | Query | Done | Cancel:
+    message = read_message(text, model_id)
+    if isinstance(message, SentFrame):
+        with suppress(ApiError):  # which is told to who asks for it
+            message.picture()
+    return message
 
 
 def read_message(text: str, model_id: str) -> Config | SentFrame | Query | Done | Cancel:

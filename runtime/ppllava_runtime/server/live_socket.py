@@ -22,8 +22,9 @@ from ppllava_runtime.server.live_messages import (
     Done,
     Query,
     SentFrame,
-    read_message,
+    read_aside,
 )
+from ppllava_runtime.server.live_protocol import RESTARTING
 from ppllava_runtime.server.live_window import Counts, LiveWindow, live_video
 from ppllava_runtime.server.replies import Extra, Usage
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ppllava_runtime.server.service import Service
 
 # Of WebSocket.
-_DONE, _GOING_AWAY, _WRONG, _TRY_LATER = 1000, 1001, 1002, 1013
+_DONE, _GOING_AWAY, _WRONG, _FAILED, _TRY_LATER = 1000, 1001, 1002, 1011, 1013
 
 _MOST_QUERIES = 4  # that wait for the one that is answered
 _MOST_TROUBLES = 16  # with frames, that wait to be told
@@ -100,16 +101,20 @@ class _Session:
                 await self._send(_told(ApiError(408, why, code="timeout")))
                 return _GOING_AWAY
             if received["type"] == "websocket.disconnect":
+                if self._is_stop(received):
+                    await self._drain()
+                    return RESTARTING
                 raise WebSocketDisconnect(received.get("code", _DONE))
             try:
-                message = self._read(received)
+                message = await self._read(received)
             except Exception as error:
                 await self._send(_told(ApiError.of(error)))
                 if self._window is None:
                     return _WRONG
                 continue
             if isinstance(message, Done):
-                await self._finish(answering)
+                if not await self._finish(answering):
+                    return RESTARTING
                 counts = self._window.counts().model_dump() if self._window else None
                 await self._send({"type": "session.done", "frames": counts})
                 return _DONE
@@ -120,17 +125,36 @@ class _Session:
                 await self._send(_told(ApiError.of(error), name))
                 if self._window is None:
                     return _WRONG
+                if self._window.has_ended:
+                    return _FAILED
 
-    async def _finish(self, answering: asyncio.Future[None]) -> None:
-        """Returns when all that was asked is answered.
+    def _is_stop(self, received: Any) -> bool:
+        """Whether it is the server that ends the connection, which still takes what is sent."""
+        return bool(received["code"] == RESTARTING and self._service.state == "draining")
+
+    async def _drain(self) -> None:
+        """Returns when the answer that has begun has ended; those that wait for it are refused."""
+        while not self._queries.empty():
+            if (query := self._queries.get_nowait()) is not None:
+                why = "session: the server was told to stop and answers no more: ask another"
+                error = ApiError(503, why, code="not_ready", type="server_error")
+                await self._send(_told(error, query.id))
+        if (answering := self._answering) is not None:
+            await asyncio.wait([answering], timeout=self._service.settings.drain_seconds)
+
+    async def _finish(self, answering: asyncio.Future[None]) -> bool:
+        """Whether all that was asked is answered, when it is or the server has to stop before.
 
         Raises:
             WebSocketDisconnect: The client did not wait for that.
         """
 
-        async def leave() -> None:
-            while (await self._websocket.receive())["type"] != "websocket.disconnect":
+        async def leave() -> bool:
+            while (received := await self._websocket.receive())["type"] != "websocket.disconnect":
                 pass
+            if is_stop := self._is_stop(received):
+                await self._drain()
+            return is_stop
 
         async def end() -> None:
             await self._queries.put(None)
@@ -140,17 +164,20 @@ class _Session:
         try:
             await asyncio.wait({leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not ending.done():
+                if leaving.result():
+                    return False
                 raise WebSocketDisconnect
             ending.result()
+            return True
         finally:
             await _ended(leaving)
             await _ended(ending)
 
-    def _read(self, received: Any) -> Config | SentFrame | Query | Done | Cancel:
+    async def _read(self, received: Any) -> Config | SentFrame | Query | Done | Cancel:
         text = received.get("text")
         if text is None:
             raise ApiError(400, "message: expected text, got bytes", code="invalid_json")
-        message = read_message(text, self._service.model_id)
+        message = await read_aside(text, self._service.model_id)
         if (self._window is None) != isinstance(message, Config) and not isinstance(message, Done):
             raise ApiError(
                 400,
@@ -171,12 +198,14 @@ class _Session:
             while not self._queries.empty():
                 await self._tell_cancelled(self._queries.get_nowait())
             self._end_answer()
-        elif isinstance(message, Query):
+        elif self._window is not None:
+            self._window.check()
+        if isinstance(message, Query):
             if self._queries.full():
                 why = f"session: {_MOST_QUERIES} questions wait already: wait for their answers"
                 raise ApiError(429, why, code="server_busy", type="rate_limit_error")
             self._queries.put_nowait(message)
-        elif self._window is not None:
+        elif isinstance(message, SentFrame) and self._window is not None:
             self._window.put(message)
 
     async def _answer_all(self) -> None:
@@ -286,7 +315,7 @@ def _told(error: ApiError, name: str | None = None) -> dict[str, Any]:
     return {"type": "error", **named, **told}
 
 
-async def _ended(task: asyncio.Future[None]) -> None:
+async def _ended(task: asyncio.Future[Any]) -> None:
     """Returns when the task has ended, which it is told to."""
     task.cancel()
     await asyncio.wait([task])

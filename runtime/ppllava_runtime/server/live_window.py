@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from ppllava_engines.errors import DataError, MediaError, PPLLaVAError
+from ppllava_engines.errors import DataError, MediaError, PPLLaVAError, StorageError
 from ppllava_runtime.feed import Pace
 from ppllava_runtime.live import LiveVideo
 from ppllava_runtime.newest import Follower, Newest
@@ -105,6 +105,19 @@ class LiveWindow:
         if self._frames.num_dropped > dropped:
             metrics.live_frames("dropped")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether frames are looked at no more."""
+        return self._follower.has_ended
+
+    def check(self) -> None:
+        """Nothing, while frames are looked at.
+
+        Raises:
+            Exception: What ended that.
+        """
+        self._follower.check()
+
     def settle(self) -> None:
         """Returns when all frames that were put here have been looked at or dropped.
 
@@ -112,7 +125,7 @@ class LiveWindow:
             Exception: Frames are looked at no more.
         """
         self._frames.settle()
-        self._follower.check()
+        self.check()
 
     def counts(self) -> Counts:
         """What became of the frames so far."""
@@ -141,7 +154,10 @@ class LiveWindow:
             )
 
     def _look(self, sent: _Sent) -> None:
-        self._path.write_bytes(sent.picture)
+        try:
+            self._path.write_bytes(sent.picture)
+        except OSError as error:  # a full disk may have room again for the next
+            raise StorageError(f"spool {self._path}: it cannot be written: {error}") from error
         found = self._service.assistant.decoding.still(self._path)
         if found is None:
             raise DataError(f"image {self._path}: it moves or is no picture, send JPEG or PNG")
@@ -168,10 +184,10 @@ def live_video(service: Service, config: Config) -> LiveVideo:
     """
     settings = service.settings
     fps = settings.live_fps if config.fps is None else config.fps
-    # What nobody has asked for is no more than the model takes.
-    default = min(settings.live_seconds, service.assistant.max_frames / fps)
-    seconds = default if config.seconds is None else config.seconds
     most = round(settings.live_seconds * settings.live_fps)
+    # What nobody has asked for is no more than the model takes, and no more than there may be.
+    default = min(settings.live_seconds, min(service.assistant.max_frames, most) / fps)
+    seconds = default if config.seconds is None else config.seconds
     if round(seconds * fps) > most:
         raise ApiError(
             400,

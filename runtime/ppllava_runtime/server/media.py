@@ -41,31 +41,40 @@ class Remembered:
 class Uuids:
     """The names that tenants gave to what they showed, the last ones. Threads may share it.
 
+    Where there are too many, the tenant that gave most of them loses one: no other loses its own to
+    who gives many.
+
     Args:
-        most: How many of them.
+        most: How many of all tenants together.
     """
 
     def __init__(self, most: int = _MOST_NAMES) -> None:
         self._most = most
         self._lock = Lock()
-        self._found: OrderedDict[str, Remembered] = OrderedDict()  # the one used last is last
+        # Of each tenant, where the one used last is last.
+        self._found: dict[str, OrderedDict[str, Remembered]] = {}
+        self._count = 0
 
     def get(self, tenant: str, items: Sequence[Item]) -> Remembered | None:
         """What this tenant showed under these names, sampled in the same way."""
-        name = _name(tenant, items)
+        name = _name(items)
         with self._lock:
-            if name in self._found:
-                self._found.move_to_end(name)
-            return self._found.get(name)
+            found = self._found.get(tenant, OrderedDict())
+            if name in found:
+                found.move_to_end(name)
+            return found.get(name)
 
     def put(self, tenant: str, items: Sequence[Item], remembered: Remembered) -> None:
         """From now on these names are of this."""
-        name = _name(tenant, items)
+        name = _name(items)
         with self._lock:
-            self._found[name] = remembered
-            self._found.move_to_end(name)
-            if len(self._found) > self._most:
-                self._found.popitem(last=False)
+            found = self._found.setdefault(tenant, OrderedDict())
+            self._count += name not in found
+            found[name] = remembered
+            found.move_to_end(name)
+            if self._count > self._most:
+                max(self._found.values(), key=len).popitem(last=False)
+                self._count -= 1
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,7 @@ def _renamed(message: str, names: Mapping[str, str]) -> str:
     return message
 
 
-def _name(tenant: str, items: Sequence[Item]) -> str:
+def _name(items: Sequence[Item]) -> str:
     """One of a fixed length, however long those are that were given."""
     given = [(item.kind, item.uuid, item.fps, item.num_frames) for item in items]
-    return hashlib.sha256(json.dumps([tenant, given]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()

@@ -126,10 +126,11 @@ class Metrics:
         """Counts frames of a live session."""
         self._live_frames.labels(fate).inc(count)
 
-    def responded(self, route: str, status: int, seconds: float) -> None:
-        """Counts one response."""
+    def responded(self, route: str, status: int, seconds: float | None = None) -> None:
+        """Counts one response, and the time from its request where that has been taken."""
         self._requests.labels(route, str(status)).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        if seconds is not None:
+            self._request_seconds.labels(route).observe(seconds)
 
     def show(self, name: str, what: str, value: Callable[[], float]) -> None:
         """Adds a gauge that is read when the metrics are."""

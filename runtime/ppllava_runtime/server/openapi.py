@@ -31,7 +31,8 @@ _REPLIES: tuple[type[BaseModel], ...] = (
     ModelList,
 )
 _FAILURES = {
-    400: "It has no meaning, or its media cannot be read; the message says what to change.",
+    400: "It has no meaning, its media cannot be read, or it takes too long to answer; the message "
+    "says what to change.",
     401: "There is no key, or a wrong one.",
     403: "It comes from another place than it may.",
     404: "There is no such model, or no media of that uuid: send them again.",
@@ -39,7 +40,7 @@ _FAILURES = {
     413: "It is larger than the server takes.",
     429: "Too much is asked at once.",
     500: "The server failed; its log says why.",
-    503: "The server is not ready yet, or is about to end.",
+    503: "The server is not ready yet, is about to end, or has too many connections.",
 }
 _RETRY_AFTER = {
     "retry-after": {
@@ -70,7 +71,8 @@ _EVENT = {
         }
     },
 }
-_WITH_KEY = (400, 401, 403, 408, 413, 503)
+_ANY = (400, 403, 408, 413, 503)
+_WITH_KEY = (*_ANY, 401)
 
 
 async def openapi(request: Request) -> Response:
@@ -147,18 +149,16 @@ def _paths(model: str, security: list[dict[str, list[str]]]) -> dict[str, Any]:
         },
         "/v1/models/{model}": {"get": one_model | {"parameters": [name]}},
         "/health": {
-            "get": _operation("Whether the server is there.", _json("It is.", "Health"), (403, 408))
+            "get": _operation("Whether the server is there.", _json("It is.", "Health"), _ANY)
         },
         "/health/ready": {
-            "get": _operation(
-                "Whether the server answers.", _json("It does.", "Health"), (403, 408, 503)
-            )
+            "get": _operation("Whether the server answers.", _json("It does.", "Health"), _ANY)
         },
         "/metrics": {
             "get": _operation(
                 "What the server counts, for Prometheus.",
                 _content("The counts.", "text/plain", {"type": "string"}),
-                (401, 403, 408),
+                (*_WITH_KEY, 500),
                 security,
             )
         },
@@ -166,7 +166,7 @@ def _paths(model: str, security: list[dict[str, list[str]]]) -> dict[str, Any]:
             "get": _operation(
                 "This document.",
                 _content("The document.", "application/json", {"type": "object"}),
-                (403, 408),
+                _ANY,
             )
         },
     }

@@ -115,8 +115,6 @@ async def _settings(request: Request) -> Response:
         {
             "body_bytes": settings.body_bytes,
             "media_bytes": settings.media.num_bytes,
-            "live_seconds": settings.live_seconds,
-            "live_fps": settings.live_fps,
         },
         headers=_HEADERS | {"cache-control": "no-store"},
     )

@@ -14,15 +14,34 @@ import h11
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
 
 from ppllava_runtime.server.errors import ApiError
+from ppllava_runtime.server.metrics import Metrics
 from ppllava_runtime.server.settings import Settings
 
 Phase = Literal["idle", "head", "body", "answer"]
 
+# What a browser is told with every response; a response that says more of one of them is kept.
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+_FULL_SECONDS = 2.0
+_UNREAD_SECONDS = 1.0
 
-def protocol_of(settings: Settings) -> type[asyncio.Protocol]:
-    """The class that uvicorn makes one of for each connection, with the deadlines of `settings`."""
+
+def protocol_of(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
+    """The class that uvicorn makes one of for each connection.
+
+    Args:
+        settings: With its deadlines.
+        metrics: Count what is refused here, before there is a request.
+    """
 
     class Protocol(DeadlineProtocol):
         def __init__(
@@ -34,6 +53,7 @@ def protocol_of(settings: Settings) -> type[asyncio.Protocol]:
         ) -> None:
             super().__init__(config, server_state, app_state, _loop)
             self.settings = settings
+            self.metrics = metrics
 
     return Protocol
 
@@ -43,22 +63,29 @@ class DeadlineProtocol(H11Protocol):
 
     Attributes:
         settings: Of the deadlines, and how many connections there may be.
+        metrics: Count what is refused here.
     """
 
     settings: Settings
+    metrics: Metrics
     _began = 0.0  # when the first byte of the request came
     _phase: Phase = "idle"
     _alarm: asyncio.TimerHandle | None = None
+    _is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the deadline of the first head; one connection too many is told and closed."""
         super().connection_made(transport)
         if len(self.connections) > self.settings.num_connections:
             self._refuse(
-                503,
-                f"{len(self.connections)} connections are open, expected at most "
-                f"{self.settings.num_connections}: try again in a few seconds",
-                "too_many_connections",
+                ApiError(
+                    503,
+                    f"connection: {len(self.connections)} are open, expected at most "
+                    f"{self.settings.num_connections}: try again in a few seconds",
+                    code="too_many_connections",
+                    type="server_error",
+                    retry_after=_FULL_SECONDS,
+                )
             )
             return
         self._began = self.loop.time()
@@ -66,7 +93,7 @@ class DeadlineProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hands bytes on, and sees which part of a request they end."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
         if self._phase == "idle":
             self._began = self.loop.time()
@@ -89,13 +116,36 @@ class DeadlineProtocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hands the connection on: from here on it is no request."""
+        if not _begins_websocket(event):
+            self._refuse(
+                ApiError(
+                    400,
+                    "connection: it asks to become a WebSocket, but not as RFC 6455 has it: leave "
+                    "the header 'Upgrade' out, or use a WebSocket client",
+                    code="invalid_http",
+                )
+            )
+            return
         self._enter("idle")
         super().handle_websocket_upgrade(event)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - it says nothing
+        """Refuses what is no HTTP, as everything else is refused."""
+        self._refuse(
+            ApiError(
+                400,
+                "connection: what came is not a request of HTTP/1.1, or its head is too long: "
+                "check the client",
+                code="invalid_http",
+            )
+        )
 
     def _look(self) -> None:
         """Finds the phase anew from where the other side is."""
         theirs = self.conn.their_state
         handed_on = self.transport.get_protocol() is not self  # to a WebSocket
+        if self._is_refused:
+            return
         if handed_on or self.transport.is_closing() or theirs is h11.ERROR:
             phase: Phase = "idle"
         elif theirs is h11.IDLE:
@@ -135,30 +185,61 @@ class DeadlineProtocol(H11Protocol):
             "answer": self.settings.request_seconds,
         }[phase]
         if phase == "answer":
-            sentence = f"the answer took longer than {seconds:g} s: ask for less"
-            self._refuse(408, sentence, "timeout")
+            # Not 408, after which clients ask for the same again, and wait for as long.
+            error = ApiError(
+                400,
+                f"connection: the answer took longer than {seconds:g} s: ask for less",
+                code="timeout",
+            )
         else:
-            sentence = f"the {phase} of the request took longer than {seconds:g} s: send it at once"
-            self._refuse(408, sentence, "timeout")
+            error = ApiError(
+                408,
+                f"connection: the {phase} of the request took longer than {seconds:g} s: send it "
+                "at once",
+                code="timeout",
+                type="timeout_error",
+            )
+        self._refuse(error)
 
-    def _refuse(self, status: int, sentence: str, code: str) -> None:
+    def _refuse(self, error: ApiError) -> None:
         """Ends the connection, with a sentence where nothing has been said yet."""
         self._enter("idle")
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error = ApiError(status, f"connection: {sentence}", code=code)
             response = error.response()
-            headers = [*response.raw_headers, (b"connection", b"close")]
+            for name, value in {**HEADERS, "connection": "close"}.items():
+                response.headers[name] = value
             events = (
-                h11.Response(status_code=status, headers=headers),
+                h11.Response(status_code=error.status, headers=response.raw_headers),
                 h11.Data(data=bytes(response.body)),
                 h11.EndOfMessage(),
             )
             for event in events:
                 self.transport.write(self.conn.send(event))
             if self.cycle is not None and not self.cycle.response_complete:
+                self.scope["state"]["refused"] = error.status  # counted with its route
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
+            else:
+                self.metrics.responded("other", error.status)
+            if self._began:
+                # To close while bytes come would take it back from who has not read it.
+                self._is_refused = True
+                self.transport.write_eof()
+                self._alarm = self.loop.call_later(_UNREAD_SECONDS, self.transport.abort)
+                return
         if self.transport.get_write_buffer_size():  # of one who does not read, close() would wait
             self.transport.abort()
         else:
             self.transport.close()
+
+
+def _begins_websocket(event: h11.Request) -> bool:
+    """Whether the WebSocket library takes this request, which would refuse it in its own way."""
+    lines = [event.method + b" " + event.target + b" HTTP/1.1"]
+    lines += [name + b": " + value for name, value in event.headers]
+    trial = ServerProtocol()
+    trial.receive_data(b"\r\n".join([*lines, b"", b""]))
+    if trial.parser_exc is not None:
+        return False
+    requests = [found for found in trial.events_received() if isinstance(found, Request)]
+    return bool(requests) and trial.accept(requests[0]).status_code == 101

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +19,7 @@ import uvicorn
 from ppllava_engines.errors import UnavailableError
 from ppllava_engines.memory_layout import MemoryKind
 from ppllava_runtime.server.app import app_of
+from ppllava_runtime.server.live_protocol import LiveProtocol
 from ppllava_runtime.server.protocol import protocol_of
 from ppllava_runtime.server.service import Service
 from ppllava_runtime.server.settings import Settings
@@ -47,23 +48,34 @@ def serve(
     # The event loop must not wait for threads that answer: each would keep it for 5 ms by default.
     sys.setswitchinterval(_SWITCH_SECONDS)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    with _listening(host, port) as listener:
+    # It warns of each request that is none, with which strangers could fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    with _noting_signals() as early, _listening(host, port) as listener:
         service = Service.open(bundle, settings, device, threads, memory)
         name = f"[{host}]" if ":" in host else host
-        server = _Server(service, f"http://{name}:{listener.getsockname()[1]}")
+        server = _Server(service, f"http://{name}:{listener.getsockname()[1]}", early)
         server.run([listener])
+        if service.is_loading:
+            # Python would wait for the thread, a large model's for a minute; all else is put away.
+            os._exit(0)
         server.check()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it is ready and drains at the first signal."""
+    """uvicorn's server, which says when it is ready and drains at the first signal.
 
-    def __init__(self, service: Service, address: str) -> None:
+    Args:
+        service: What it serves.
+        address: Where.
+        early: Signals that came before it handles them.
+    """
+
+    def __init__(self, service: Service, address: str, early: list[int]) -> None:
         settings = service.settings
         config = uvicorn.Config(
             app_of(service),
-            http=protocol_of(settings),
-            ws="websockets-sansio",
+            http=protocol_of(settings, service.metrics),
+            ws=LiveProtocol,
             ws_max_size=_LARGEST_MESSAGE,
             ws_per_message_deflate=False,  # small messages that become large
             lifespan="on",
@@ -78,6 +90,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._address = address
+        self._early = early
         self._failure: BaseException | None = None
         self._announcing: asyncio.Task[None] | None = None
 
@@ -124,14 +137,29 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handles signals for the time of the block; having drained is a good end, not a death."""
-        before = {
-            sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
+        with _handling(self.handle_exit):
+            for sig in self._early:
+                self.handle_exit(sig, None)
             yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
+
+
+@contextlib.contextmanager
+def _noting_signals() -> Iterator[list[int]]:
+    """Signals that come in the block, noted and nothing else."""
+    noted: list[int] = []
+    with _handling(lambda sig, _: noted.append(sig)):
+        yield noted
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handles what asks a process to end for the time of the block."""
+    before = {sig: signal.signal(sig, handler) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, was in before.items():
+            signal.signal(sig, was)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -26,6 +26,7 @@ from ppllava_runtime.server.errors import ApiError
 # Each comma, colon and bracket makes at most one Python object, of some 60 bytes: so a body of
 # nothing but brackets would take many times its size. Pictures and videos have none of them.
 _MOST_VALUES = 200_000
+_PIECE = 1 << 20  # bytes
 _MOST_FRAMES = 2048
 _MOST_INT64 = 2**63 - 1
 
@@ -43,9 +44,9 @@ Uuid = Annotated[
     Field(
         min_length=1,
         max_length=256,
-        description="A name for this item. A later request with this name and null in place of the "
-        "content is answered from memory, as long as the server remembers it for the same key and "
-        "the same sampling.",
+        description="A name for this item. A later request with this name and without the content, "
+        "or with null in its place, is answered from memory, as long as the server remembers it "
+        "for the same key and the same sampling.",
     ),
 ]
 Fps = Annotated[
@@ -64,7 +65,7 @@ Url = Annotated[
     Field(
         min_length=1,
         description="data:, or http:, https: or file: where the server allows what it names; null "
-        "for what was sent before under the same uuid.",
+        "or left out for what was sent before under the same uuid.",
     ),
 ]
 
@@ -85,7 +86,7 @@ class TextPart(_Strict):
 class VideoUrl(_Strict):
     """Where a video is, and how much of it to look at."""
 
-    url: Url | None
+    url: Url | None = None
     fps: Fps | None = None
     num_frames: NumFrames | None = None
     uuid: Uuid | None = None
@@ -95,7 +96,7 @@ class VideoUrlPart(_Strict):
     """A video; what stands inside `video_url` precedes what stands beside it."""
 
     type: Literal["video_url"]
-    video_url: VideoUrl | None
+    video_url: VideoUrl | None = None
     fps: Fps | None = None
     num_frames: NumFrames | None = None
     uuid: Uuid | None = None
@@ -104,7 +105,7 @@ class VideoUrlPart(_Strict):
 class InputVideo(_Strict):
     """A video itself, and how much of it to look at."""
 
-    data: Annotated[str, Field(min_length=1, description="The file in base64.")] | None
+    data: Annotated[str, Field(min_length=1, description="The file in base64.")] | None = None
     format: Annotated[
         str | None,
         Field(max_length=64, description="Not needed: the file itself says what it is."),
@@ -118,7 +119,7 @@ class InputVideoPart(_Strict):
     """A video; what stands inside `input_video` precedes what stands beside it."""
 
     type: Literal["input_video"]
-    input_video: InputVideo | None
+    input_video: InputVideo | None = None
     fps: Fps | None = None
     num_frames: NumFrames | None = None
     uuid: Uuid | None = None
@@ -128,7 +129,7 @@ class FramesPart(_Strict):
     """A video as the pictures of its frames."""
 
     type: Literal["video"]
-    frames: Annotated[list[Url], Field(min_length=1, max_length=_MOST_FRAMES)] | None
+    frames: Annotated[list[Url], Field(min_length=1, max_length=_MOST_FRAMES)] | None = None
     fps: Annotated[
         float,
         Field(
@@ -145,7 +146,7 @@ class FramesPart(_Strict):
 class ImageUrl(_Strict):
     """Where a picture is."""
 
-    url: Url | None
+    url: Url | None = None
     detail: Annotated[
         Literal["auto"] | None, Field(description="The model decides, by its own resolution.")
     ] = None
@@ -156,7 +157,7 @@ class ImageUrlPart(_Strict):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl | None
+    image_url: ImageUrl | None = None
     uuid: Uuid | None = None
 
 
@@ -318,7 +319,7 @@ def read_request(body: bytes, content_type: str) -> ChatCompletionRequest:
             f"request: content-type is {shortened(repr(media_type))}, expected application/json",
             code="invalid_content_type",
         )
-    if sum(map(body.count, (b",", b":", b"[", b"{"))) > _MOST_VALUES:
+    if _num_values(body) > _MOST_VALUES:
         raise ApiError(
             400,
             f"request: it has more than {_MOST_VALUES} commas, colons and brackets: send less",
@@ -334,6 +335,15 @@ def read_request(body: bytes, content_type: str) -> ChatCompletionRequest:
         return ChatCompletionRequest.model_validate(value)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_context=False)[0], value) from None
+
+
+def _num_values(body: bytes) -> int:
+    """At least how many values there are; counted piece by piece, so that other threads go on."""
+    return sum(
+        body.count(mark, start, start + _PIECE)
+        for start in range(0, len(body), _PIECE)
+        for mark in (b",", b":", b"[", b"{")
+    )
 
 
 def _refusal(error: ErrorDetails, value: object) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ class Service:
     Attributes:
         assistant: Answers; it reads files in `sandbox` and remembers in its store.
         settings: What the server was started with.
-        model_id: The name that a request has to give as its model.
+        model_id: The name that a request has to give as its model: that of the bundle's folder.
         admission: Slots of requests: `async with service.admission.slot():`.
         live: Slots of live sessions, likewise; none waits.
         sandbox: Where files are decoded.
@@ -69,6 +69,7 @@ class Service:
     created: int
     state: State = "starting"
     loading: asyncio.Task[None] | None = field(default=None, repr=False)
+    _warming: Future[None] | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def open(
@@ -78,10 +79,11 @@ class Service:
         policy = Policy(settings)
         store, sandbox = MemoryStore(settings.cache_bytes), Sandbox(settings.media)
         assistant = Assistant.open(bundle, threads, device, memory, store, sandbox)
-        spool = Spool(settings.spool, settings.media)
+        spool = Spool(settings.spool, settings.media, settings.spool_bytes)
         admission = Admission(settings.num_running, settings.num_queued)
         live = Admission(settings.num_live, 0, "live sessions")
-        name = assistant.model.name
+        # Of the folder, which its owner named; the model's is that of a checkpoint's folder.
+        name = bundle.resolve().name or assistant.model.name
         metrics = Metrics(version("ppllava-edge"), name, device)
         shown = metrics.show
         shown("ppllava_requests_running", "Requests that are answered.", lambda: admission.num_held)
@@ -114,17 +116,27 @@ class Service:
         Raises:
             PPLLaVAError: See `Assistant.load`; what cannot answer here never can.
         """
+        self._warming = self.threads.submit(self._warm_up)
         try:
-            await asyncio.get_running_loop().run_in_executor(self.threads, self._warm_up)
-        except BaseException:
+            await asyncio.wrap_future(self._warming)
+        except Exception:
             self.state = "failed"
             raise
         if self.state == "starting":
             self.state = "ready"
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread still loads the model, which nothing can end."""
+        return self._warming is not None and not self._warming.done()
+
     def _warm_up(self) -> None:
+        if self.state != "starting":
+            return
         self.sandbox.start()
         self.assistant.load()
+        if self.state != "starting":  # told to stop: nothing to be asked about is there any more
+            return
         path = self.spool.folder / "warm-up.png"
         try:
             Image.new("RGB", (64, 64), (90, 120, 150)).save(path)
@@ -146,6 +158,7 @@ class Service:
             self.loading.cancel()
             await asyncio.wait([self.loading])
         self.threads.shutdown(wait=False, cancel_futures=True)
+        self.fetcher.close()
         self.sandbox.close()
         self.spool.close()
 
@@ -154,9 +167,11 @@ class Service:
         media, settings = self.settings.media, self.settings
         model = sum(file.size for file in self.assistant.bundle.manifest.files.values())
         try:
-            window = LiveVideo(self.assistant, settings.live_seconds, settings.live_fps).nbytes
+            fps = settings.live_fps
+            seconds = min(settings.live_seconds, self.assistant.max_frames / fps)
+            window = LiveVideo(self.assistant, seconds, fps).nbytes
             live = f"{settings.num_live} live windows of {_mib(window)}"
-        except UsageError:  # of a model that takes fewer frames: sessions ask for smaller ones
+        except UsageError:  # of less than two frames: sessions ask for another
             live = f"{settings.num_live} live windows of up to {self.assistant.max_frames} frames"
         decoding = f"{settings.num_running} decoders of up to {_mib(media.address_space)}"
         cache = f"cache up to {_mib(settings.cache_bytes)}"

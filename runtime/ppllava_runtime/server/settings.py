@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ppllava_runtime.limits import MediaLimits
 
+_SPOOL_BYTES = 2 << 30
+
 
 def _default_spool() -> Path:
     return Path(tempfile.gettempdir()) / f"ppllava-serve-{os.geteuid()}"
@@ -59,3 +61,8 @@ class Settings:
     num_connections: int = 512
     spool: Path = field(default_factory=_default_spool)
     media: MediaLimits = field(default_factory=MediaLimits)
+
+    @property
+    def spool_bytes(self) -> int:
+        """The most of all files in `spool`: each running request may have one of the largest."""
+        return max(_SPOOL_BYTES, self.num_running * self.media.num_bytes)

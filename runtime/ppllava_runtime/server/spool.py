@@ -48,7 +48,7 @@ class Spool:
     Args:
         folder: Made where it is not there; for this user alone.
         limits: How large one file may be.
-        budget_bytes: The most bytes of all files together.
+        budget_bytes: The most bytes of all files together, and so of one request's.
 
     Raises:
         StorageError: The folder cannot be made or written, or is a link.
@@ -89,12 +89,23 @@ class Spool:
             os.close(self._lock)
             self._lock = -1
 
-    def take(self, num_bytes: int) -> None:
+    def take(self, num_bytes: int, of_this: int) -> None:
         """Counts bytes that are about to be written.
 
+        Args:
+            num_bytes: So many.
+            of_this: All of the same request's, with these.
+
         Raises:
-            ApiError: 429: they do not fit beside those of other requests.
+            ApiError: 400: they never fit. 429: not beside those of other requests.
         """
+        if of_this > self.budget_bytes:
+            raise ApiError(
+                400,
+                f"media: the files of a request have more than {self.budget_bytes} bytes together, "
+                "the most that this server takes; send fewer or smaller ones",
+                code="media_too_large",
+            )
         if self.num_bytes + num_bytes > self.budget_bytes:
             raise ApiError(
                 429,
@@ -132,8 +143,8 @@ class Files:
         """What the chunks are together, as a file; the generator is closed in any case.
 
         Raises:
-            ApiError: 400 "media_too_large": more than one file may have. 429: no room now. And what
-                the generator raises.
+            ApiError: 400 "media_too_large": more than one file may have, or than there is room for.
+                429: no room now. And what the generator raises.
             StorageError: It cannot be written.
         """
         limit = self._spool.limits.num_bytes
@@ -154,7 +165,7 @@ class Files:
                     size += len(chunk)
                     if size > limit:
                         raise too_large(limit)
-                    self._spool.take(len(chunk))
+                    self._spool.take(len(chunk), sum(had for _, had in self._added) + size)
                     taken = size
                     waiting += chunk
                     if len(waiting) >= _BLOCK_BYTES:

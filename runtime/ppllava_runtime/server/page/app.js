@@ -3,13 +3,14 @@
 import { Refusal, complete, isReady, readModel, readSettings } from "./api.js";
 import { sentence } from "./cost.js";
 import { announce, byId, clock, counted } from "./dom.js";
+import { withKey } from "./key.js";
 import { Live } from "./live.js";
 import { Media } from "./media.js";
+import { offer, options } from "./options.js";
 import { Stage } from "./stage.js";
 import { Timeline } from "./timeline.js";
 import { Turns } from "./turns.js";
 
-const KEY = "ppllava-key";
 const POLL_MILLISECONDS = 2000;
 
 const state = {
@@ -52,9 +53,9 @@ function choose(files) {
 }
 
 async function startCamera() {
-  complain(null);
+  if (state.live) return; // it is waited for
   leave();
-  const live = new Live(stage.video, state.settings, {
+  const live = new Live(stage.video, {
     onChange: showLive,
     onEnd: (error) => {
       if (state.live === live) {
@@ -64,6 +65,7 @@ async function startCamera() {
     },
   });
   state.live = live;
+  arrange();
   try {
     await live.start();
     await stage.showCamera(live.stream);
@@ -73,7 +75,8 @@ async function startCamera() {
       await live.connect(key);
     });
   } catch (error) {
-    if (state.live === live) leave();
+    if (state.live !== live) return; // something else is looked at by now
+    leave();
     complain(error);
     return;
   }
@@ -88,7 +91,7 @@ function leave() {
   state.running?.abort();
   state.media?.close();
   state.live?.close();
-  state.media = state.live = state.shown = null;
+  state.media = state.live = state.shown = state.running = null;
   complain(null);
   turns.clear();
   timeline.show([], "frame", "");
@@ -100,24 +103,32 @@ function leave() {
 
 async function ask(question) {
   if (state.running || !question) return;
-  if (!state.media && !state.live) {
-    complain(new Error("Choose a video or pictures first, or start the camera."));
+  const { media, live } = state;
+  if (!media && !live?.shape) {
+    const why = live
+      ? "The camera is not on yet: allow it, or choose a video or pictures."
+      : "Choose a video or pictures first, or start the camera.";
+    complain(new Error(why));
     return;
   }
   complain(null);
   const turn = turns.add(question);
   const running = new AbortController();
+  const { signal } = running;
   state.running = running;
   byId("question").value = "";
   grow();
   arrange();
   announce("Looking…");
   try {
-    const answer = await (state.live ? askLive : askMedia)(turn, running.signal);
+    const answer = await (live ? askLive(live, turn, signal) : askMedia(media, turn, signal));
+    if (state.running !== running) return;
     turn.finish(answer);
     turns.keep(turn);
-    await understand(turn, answer.extra);
-    turn.button.hidden = turn.heat.length === 0;
+    const images = await Promise.all((answer.extra?.relevance?.heatmaps ?? []).map(picture));
+    // Meanwhile something else may have been chosen, which this is not about.
+    if (state.running !== running || signal.aborted) return;
+    understand(turn, images);
     announce(`${answer.text}. ${answer.extra ? sentence(answer.extra) : ""}`);
     if (turn.heat.length) showTurn(turn);
   } catch (error) {
@@ -125,7 +136,7 @@ async function ask(question) {
     else {
       turns.remove(turn);
       byId("question").value ||= question;
-      complain(error);
+      if (state.running === running) complain(error);
     }
   } finally {
     if (state.running === running) state.running = null;
@@ -133,14 +144,13 @@ async function ask(question) {
   }
 }
 
-function askLive(turn, signal) {
-  signal.addEventListener("abort", () => state.live?.cancel());
+function askLive(live, turn, signal) {
+  signal.addEventListener("abort", () => live.cancel());
   const fields = { ...options().asked, x_ppllava: { relevance: "heatmaps" } };
-  return state.live.ask(turn.question, fields, (text) => turn.write(text));
+  return live.ask(turn.question, fields, (text) => turn.write(text));
 }
 
-async function askMedia(turn, signal) {
-  const { media } = state;
+async function askMedia(media, turn, signal) {
   const onText = (text) => turn.write(text);
   const send = async () => {
     const body = await request(media, turn.question);
@@ -180,34 +190,20 @@ async function request(media, question) {
   };
 }
 
-/** What the options say, leaving out what is the server's to decide. */
-function options() {
-  const read = (id) => (byId(id).value === "" ? undefined : byId(id).valueAsNumber);
-  const numTokens = read("num-tokens");
-  const numFrames = read("num-frames");
-  return {
-    asked: {
-      temperature: read("temperature") ?? 0,
-      max_completion_tokens: read("max-tokens"),
-      mm_processor_kwargs: numTokens === undefined ? undefined : { num_tokens: numTokens },
-    },
-    seen: {
-      media_io_kwargs: numFrames === undefined ? undefined : { video: { num_frames: numFrames } },
-    },
-    remember: byId("remember").checked,
-  };
-}
-
-/** Makes of an answer's relevance what the timeline and the stage show. */
-async function understand(turn, extra) {
-  const relevance = extra?.relevance;
-  if (!relevance?.heatmaps) return;
-  const times = relevance.timestamps ?? extra.media[0]?.timestamps ?? [];
-  const images = await Promise.all(relevance.heatmaps.map(picture));
+/** Makes of an answer's relevance, and of its heatmaps, what the timeline and the stage show. */
+function understand(turn, images) {
+  if (!images.length) return;
+  const { relevance, media: parts } = turn.extra;
+  const times = relevance.timestamps ?? parts[0]?.timestamps ?? [];
   const isVideo = state.live !== null || state.media.kind === "video";
-  const pictures = state.live ? state.live.window(times) : [];
+  const pictures = state.live?.window(times) ?? [];
   turn.frames = relevance.curve.map((value, i) => ({ value, time: isVideo ? times[i] : null }));
-  turn.heat = images.map((image, i) => ({ image, time: times[i] ?? i, url: pictures[i]?.url }));
+  turn.heat = images.map((image, i) => ({
+    image,
+    time: times[i] ?? i,
+    url: pictures[i] && URL.createObjectURL(pictures[i]),
+  }));
+  turn.button.hidden = false;
 }
 
 /** A heatmap, ready to be drawn. */
@@ -248,11 +244,10 @@ function goTo(index) {
 // What the page shows of all that
 
 function arrange() {
+  showClock();
   const { media, live, running } = state;
-  const isVideo = media?.kind === "video";
   byId("tools").hidden = !media && !live;
-  byId("play").hidden = byId("clock").hidden = !isVideo;
-  byId("back").hidden = !live || stage.mode === "camera";
+  byId("back").hidden = !live || stage.mode !== "still";
   byId("other").textContent = live ? "Stop the camera" : "Other media";
   byId("send").hidden = running !== null;
   byId("stop").hidden = running === null;
@@ -260,10 +255,12 @@ function arrange() {
   if (live) byId("badge").textContent = stage.mode === "camera" ? "Live" : "As it was";
   byId("badge").dataset.live = String(stage.mode === "camera");
   byId("live-note").hidden = !live;
+  offer(live ? "camera" : (media?.kind ?? ""));
 }
 
 function showClock() {
   const { video } = stage;
+  byId("play").hidden = byId("clock").hidden = stage.mode !== "video";
   const length = Number.isFinite(video.duration) ? ` / ${clock(video.duration)}` : "";
   byId("clock").textContent = `${clock(stage.time)}${length}`;
   byId("play").setAttribute("aria-label", video.paused ? "Play" : "Pause");
@@ -271,14 +268,15 @@ function showClock() {
 }
 
 function showLive() {
-  const { live, settings } = state;
-  if (!live) return;
-  const seconds = live.shape?.seconds ?? settings.live_seconds;
-  const numDropped = live.numDropped + (live.counts?.dropped ?? 0);
+  const { live } = state;
+  if (!live?.shape) return;
+  const { seconds, fps } = live.shape;
+  const { dropped: numLate = 0, failed: numFailed = 0 } = live.counts ?? {};
+  const numDropped = live.numDropped + numLate + numFailed;
   const dropped = numDropped ? `, ${numDropped} left out` : "";
   byId("live-note").textContent =
-    `Questions are about the last ${seconds} s, at ${live.shape?.fps ?? settings.live_fps} frames ` +
-    `a second. ${counted(live.numSent, "frame")} sent${dropped}.`;
+    `Questions are about the last ${seconds} s, at ${fps} frames a second. ` +
+    `${counted(live.numSent, "frame")} sent${dropped}.`;
 }
 
 function complain(error) {
@@ -288,36 +286,6 @@ function complain(error) {
 }
 
 // The server
-
-/** Runs something that may want a key, and asks for one as long as it is refused. */
-async function withKey(run) {
-  for (;;) {
-    try {
-      return await run(sessionStorage.getItem(KEY) ?? "");
-    } catch (error) {
-      if (error.status !== 401 || !(await askForKey())) throw error;
-    }
-  }
-}
-
-/** Whether a person gave a key. */
-function askForKey() {
-  const dialog = byId("key-dialog");
-  dialog.returnValue = "";
-  byId("key").value = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener(
-      "close",
-      () => {
-        const given = dialog.returnValue === "given";
-        if (given) sessionStorage.setItem(KEY, byId("key").value.trim());
-        resolve(given);
-      },
-      { once: true },
-    );
-  });
-}
 
 /** Looks until the server is ready, and says what it is. */
 async function watchServer() {
@@ -390,12 +358,6 @@ byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   ask(byId("question").value.trim());
 });
-byId("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  byId("key-dialog").close("given");
-});
-byId("key-cancel").addEventListener("click", () => byId("key-dialog").close(""));
-
 const target = document.documentElement;
 target.addEventListener("dragover", (event) => {
   event.preventDefault();

@@ -13,23 +13,23 @@ const OPENING_SECONDS = 10;
 export class Live {
   /**
    * @param {HTMLVideoElement} video Shows the camera.
-   * @param {{live_fps: number, live_seconds: number}} settings
    * @param {{onChange: () => void, onEnd: (error: Error) => void}} on
    */
-  constructor(video, settings, { onChange, onEnd }) {
+  constructor(video, { onChange, onEnd }) {
     this.video = video;
-    this.settings = settings;
     this.onChange = onChange;
     this.onEnd = onEnd;
     this.canvas = document.createElement("canvas");
-    this.sent = []; // {time, url}: what an answer's heatmaps are laid over
+    this.sent = []; // {time, blob}: what an answer's heatmaps are laid over
     this.numSent = 0;
-    this.numDropped = 0; // here or, as it says with each answer, by the server
+    this.numDropped = 0; // here; the server tells with each answer how many it left out
     this.numAsked = 0;
     this.waiting = null; // the question that is being answered
+    this.shape = null; // of the session, once the server has begun it
+    this.isClosed = false;
   }
 
-  /** Asks for the camera. */
+  /** Asks for the camera; an AbortError where it is not wanted any more when it is allowed. */
   async start() {
     if (!navigator.mediaDevices) {
       throw new Error("A browser gives its camera only to pages from https or from localhost.");
@@ -44,13 +44,18 @@ export class Live {
           : "There is no camera that can be used: is another program using it?",
       );
     }
+    if (this.isClosed) {
+      this.release();
+      throw aborted();
+    }
     this.stream.getVideoTracks()[0].addEventListener("ended", () => {
       this.fail(new Error("The camera was switched off."));
     });
   }
 
-  /** Opens the session; a refusal of the server is a Refusal. */
+  /** Opens the session; a refusal of the server is a Refusal, and an AbortError that it was left. */
   async connect(key) {
+    if (this.isClosed) throw aborted();
     const url = new URL("/v1/video/chat/stream", location.href);
     url.protocol = url.protocol.replace("http", "ws");
     const socket = new WebSocket(url, key ? [PROTOCOL, `key.${base64Url(key)}`] : [PROTOCOL]);
@@ -60,6 +65,7 @@ export class Live {
       await new Promise((resolve, reject) => {
         late = setTimeout(() => reject(lost()), 1000 * OPENING_SECONDS);
         this.onStarted = resolve;
+        this.onLeft = () => reject(aborted());
         socket.onopen = () => this.send({ type: "session.config" });
         socket.onmessage = (message) => this.receive(JSON.parse(message.data));
         socket.onclose = () => reject(this.refused ?? lost());
@@ -69,7 +75,7 @@ export class Live {
     }
     socket.onclose = () => this.fail(this.refused ?? lost());
     this.began = performance.now();
-    this.clock = setInterval(() => this.take(), 1000 / this.settings.live_fps);
+    this.clock = setInterval(() => this.take(), 1000 / this.shape.fps);
   }
 
   /**
@@ -86,11 +92,11 @@ export class Live {
     });
   }
 
-  /** The frames of an answer's window: those that were sent at its times. */
+  /** The pictures of an answer's window: those that were sent at its times. */
   window(timestamps) {
     return timestamps.map((time) => {
       const near = (a, b) => (Math.abs(a.time - time) <= Math.abs(b.time - time) ? a : b);
-      return this.sent.length ? this.sent.reduce(near) : null;
+      return this.sent.length ? this.sent.reduce(near).blob : null;
     });
   }
 
@@ -98,20 +104,27 @@ export class Live {
   cancel() {
     if (!this.waiting) return;
     if (this.socket.readyState === WebSocket.OPEN) this.send({ type: "response.cancel" });
-    this.waiting.reject(new DOMException("stopped", "AbortError"));
+    this.waiting.reject(aborted());
     this.waiting = null;
   }
 
+  /** Ends the session and switches the camera off, also one that is allowed only later. */
   close() {
+    if (this.isClosed) return;
+    this.isClosed = true;
     clearInterval(this.clock);
-    this.stream?.getTracks().forEach((track) => track.stop());
+    this.release();
     this.cancel();
+    this.onLeft?.();
     if (this.socket) {
       this.socket.onclose = null;
       if (this.socket.readyState === WebSocket.OPEN) this.send({ type: "video.done" });
       this.socket.close();
     }
-    this.sent.forEach((frame) => URL.revokeObjectURL(frame.url));
+  }
+
+  release() {
+    this.stream?.getTracks().forEach((track) => track.stop());
   }
 
   /** Sends the frame that is seen now. */
@@ -135,12 +148,12 @@ export class Live {
   async put(blob, time) {
     const data = await base64(blob);
     this.isTaking = false;
-    if (this.socket.readyState !== WebSocket.OPEN) return;
+    if (this.isClosed || this.socket.readyState !== WebSocket.OPEN) return;
     this.send({ type: "video.frame", data, timestamp: time });
     this.numSent += 1;
-    this.sent.push({ time, url: URL.createObjectURL(blob) });
+    this.sent.push({ time, blob });
     // Twice the window: an answer is about the window at the time of its question.
-    while (this.sent.length > 2 * this.shape.num_frames + 2) URL.revokeObjectURL(this.sent.shift().url);
+    if (this.sent.length > 2 * this.shape.num_frames + 2) this.sent.shift();
     this.onChange();
   }
 
@@ -160,11 +173,15 @@ export class Live {
       waiting.resolve({ text, usage, extra, finish });
       this.onChange();
     } else if (event.type === "error") {
+      // A frame that could not be taken ends no question: the answers count it.
+      if (event.param?.startsWith("video.frame")) return;
       const error = new Refusal(event.message, { status: 200, code: event.code });
-      if (waiting) {
+      if (event.id === undefined) this.refused = error; // what a closing may be explained by
+      // A question that could not even be read has no id.
+      if (this.waiting && (waiting || event.id === undefined)) {
+        this.waiting.reject(error);
         this.waiting = null;
-        waiting.reject(error);
-      } else if (event.id === undefined) this.refused = error; // what a closing may be explained by
+      }
     }
   }
 
@@ -178,6 +195,11 @@ export class Live {
   send(event) {
     this.socket.send(JSON.stringify(event));
   }
+}
+
+/** What a person does not want any more. */
+function aborted() {
+  return new DOMException("stopped", "AbortError");
 }
 
 /** What is known of a socket that was closed without a word. */

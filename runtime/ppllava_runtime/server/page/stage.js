@@ -16,6 +16,7 @@ export class Stage {
     this.canvas = byId("heat");
     this.strength = byId("strength").valueAsNumber / 100;
     this.loop = 0;
+    this.blindTime = 0; // what is gone to in a video that is not seen
     for (const event of ["play", "pause", "seeked", "loadeddata", "ended"]) {
       this.video.addEventListener(event, () => this.follow());
     }
@@ -37,6 +38,7 @@ export class Stage {
   /** Shows a video that can be played. */
   showVideo(url) {
     this.still = null;
+    this.blindTime = 0;
     this.video.srcObject = null;
     this.video.loop = true;
     this.video.src = url;
@@ -70,16 +72,12 @@ export class Stage {
       "This browser cannot play this file. The server reads more kinds: ask anyway, and the " +
       "heatmap is shown without the picture.";
     this.reveal("blind");
-    this.fit();
-  }
-
-  get isPlayable() {
-    return this.mode === "video" && this.video.readyState > 0;
+    this.onMove();
   }
 
   /** The moment that is shown, in seconds. */
   get time() {
-    return this.mode === "blind" ? (this.blindTime ?? 0) : this.video.currentTime;
+    return this.mode === "blind" ? this.blindTime : this.video.currentTime;
   }
 
   seek(time) {
@@ -119,7 +117,6 @@ export class Stage {
     byId("screen").hidden = mode === "empty";
     this.video.hidden = mode === "still" || mode === "blind";
     this.picture.hidden = mode !== "still";
-    byId("blind").hidden = mode !== "blind";
     this.fit();
   }
 
@@ -141,6 +138,7 @@ export class Stage {
     const { canvas, heat } = this;
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, canvas.width, canvas.height);
+    byId("blind").hidden = this.mode !== "blind" || heat.length > 0;
     if (!heat.length || this.mode === "camera") return;
     for (const [index, share] of this.shares()) {
       context.globalAlpha = share * this.strength;

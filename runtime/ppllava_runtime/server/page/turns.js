@@ -88,6 +88,8 @@ export class Turns {
   }
 
   clear() {
+    // Of the camera; files are let go of where they were chosen.
+    for (const { url } of this.done.flatMap((turn) => turn.heat)) if (url) URL.revokeObjectURL(url);
     this.done = [];
     this.list.querySelectorAll(".turn").forEach((element) => element.remove());
     byId("hint").hidden = false;

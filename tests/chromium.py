@@ -45,7 +45,7 @@ class Visit:
     @property
     def posts(self) -> list[dict[str, Any]]:
         """The bodies of all questions."""
-        return [one.post_data_json for one in self.requests if one.method == "POST"]
+        return [dict(one.post_data_json or {}) for one in self.requests if one.method == "POST"]
 
     def ask(self, question: str) -> None:
         """Asks and waits for the answer."""
@@ -80,15 +80,23 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
-    """The page of a server, open and ready unless it asks for a key first."""
+def visit(browser: Browser, url: str, script: str = "", **options: Any) -> Iterator[Visit]:
+    """The page of a server, open and ready unless it asks for a key first.
+
+    Args:
+        browser: It.
+        url: Of the server.
+        script: Run in the page before any of its own.
+        options: Of Playwright's context.
+    """
     with browser.new_context(**options) as context:
         page = context.new_page()
+        page.add_init_script(script)
         page.set_default_timeout(15_000)
         it = Visit(page, url)
         page.on("console", lambda message: it.told.append(message.text))
         page.on("pageerror", lambda error: it.told.append(str(error)))
-        page.on("request", it.requests.append)
+        page.on("request", lambda request: it.requests.append(request))
         page.goto(url)
         page.locator("#server[data-state=ready], #key-dialog[open]").first.wait_for()
         yield it
