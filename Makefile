@@ -36,7 +36,7 @@ demo: $(VENV)/.demo
 # Two files at a time whatever the machine, as torch and ONNX Runtime take all cores by themselves;
 # in their own order, in which the longest do not come last.
 test: lint tensorrt-tools
-	PATH="$(abspath $(BIN)):$$PATH" pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	PATH="$(abspath $(BIN)):$$PATH" pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
