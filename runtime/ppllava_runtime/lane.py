@@ -31,23 +31,25 @@ class Lane:
 
     def __enter__(self) -> None:
         thread = get_ident()
-        with self._lock:
-            if self._holder in (None, thread):
-                self._holder = thread
-                self._depth += 1
-                return
-            turn = Lock()
-            turn.acquire()
-            self._waiting.append((thread, turn))
+        turn, waits = Lock(), False
+        turn.acquire()
         try:
-            turn.acquire()
-        except BaseException:  # Ctrl-C
             with self._lock:
-                came = (thread, turn) not in self._waiting
-                if not came:
-                    self._waiting.remove((thread, turn))
-            if came:
-                self.__exit__()
+                if self._holder in (None, thread):
+                    self._holder = thread
+                    self._depth += 1
+                    return
+                waits = True
+                self._waiting.append((thread, turn))
+            turn.acquire()
+        except BaseException:  # Ctrl-C, which may come between any two steps
+            if waits:
+                with self._lock:
+                    came = (thread, turn) not in self._waiting
+                    if not came:
+                        self._waiting.remove((thread, turn))
+                if came:
+                    self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
