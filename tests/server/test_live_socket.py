@@ -186,7 +186,7 @@ def test_questions_wait_for_each_other(server: Served) -> None:
 
 def test_a_broken_frame_is_told_and_forgotten(server: Served) -> None:
     with session(server) as found:
-        found.show(0)
+        found.show_all(0, 1)
         found.say("video.frame", data=base64.b64encode(b"\xff\xd8\xff no").decode(), timestamp=1)
         error = found.hear()
         assert error["param"] == "video.frame"
@@ -196,7 +196,7 @@ def test_a_broken_frame_is_told_and_forgotten(server: Served) -> None:
         assert "send JPEG or PNG" in found.hear()["message"]
         found.say("video.frame", data="!", timestamp=3)
         assert "not base64" in found.hear()["message"]
-        found.show(8)
+        found.show_all(8, 9)
         found.show(7)
         assert "expected more than 4.0 of the frame before" in found.hear()["message"]
         counts = found.ask("Which?")["x_ppllava"]["live"]
