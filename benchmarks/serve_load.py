@@ -26,7 +26,7 @@ from pathlib import Path
 import httpx2
 from benchmarks.timing import machine
 
-from load import BUSY, Client, head, many, percentile, question
+from load import BUSY, Client, endless, head, many, percentile, question
 from server_process import Served, served
 
 _FLAGS = ("--running", 4, "--queued", 16, "--cache-size", "16M")
@@ -79,15 +79,7 @@ async def _uploading(server: Served, *, really: bool) -> AsyncIterator[None]:
 
 async def _leave(server: Served) -> list[float]:
     """Seconds from a client's end to a slot that is free, for some clients one after the other."""
-    long = {
-        "model": server.model,
-        "messages": [{"role": "user", "content": "What is it?"}],
-        "max_tokens": 100_000,
-        "temperature": 1.0,
-        "seed": 3,
-        "stream": True,
-    }
-    body, freed = json.dumps(long).encode(), list[float]()
+    body, freed = json.dumps(endless(server.model)).encode(), list[float]()
     async with httpx2.AsyncClient(base_url=server.url) as client:
         while len(freed) < _LEAVERS:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)

@@ -113,6 +113,18 @@ def question(
     }
 
 
+def endless(model: str) -> dict[str, Any]:
+    """A question whose answer goes on as long as a tiny model's positions last, with this seed."""
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is it?"}],
+        "max_tokens": 100_000,
+        "temperature": 1.0,
+        "seed": 3,
+        "stream": True,
+    }
+
+
 async def alone(port: int, fields: Mapping[str, Any]) -> Reply:
     """The reply to one request on a connection of its own."""
     client = Client(port)

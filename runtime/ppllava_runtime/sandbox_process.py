@@ -72,7 +72,7 @@ class Zygote:
         self._control, its = socketpair(AF_UNIX, SOCK_SEQPACKET)
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         # As this process finds them, from a folder where nobody else's modules are found first.
-        folders = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+        folders = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100 - keeps links
         environment |= {"PYTHONPATH": os.pathsep.join(folders)}
         # Both take address space: of every thread, and for threads that nobody needs.
         environment |= {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}

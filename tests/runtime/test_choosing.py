@@ -127,6 +127,7 @@ def test_watches_at_a_rate(bundle: Path, tmp_path: Path) -> None:
     seen = assistant.watch(path, fps=5)
     rate = seen.info.fps
     assert seen.info.indices == choose_frames(40, round(40 / rate * 5), rate)
+    # Of NumPy, which is a number to all but mypy.
     assert assistant.watch(path, fps=np.float32(5)).memory is seen.memory  # type: ignore[arg-type]
     assert assistant.watch(path, len(seen.info.indices)).memory is not seen.memory
     np.testing.assert_allclose(seen.info.timestamps, np.array(seen.info.indices) / rate)

@@ -341,9 +341,12 @@ def test_keeps_nothing_of_a_connection_that_was_lost() -> None:
         gc.enable()
 
 
-def test_closes_while_it_waits() -> None:
-    for source in (Script(goes_on), Script(gives(0))):
-        feed = Feed(source, 1, patience=Patience(least=1000, most=1000))
-        assert reached(lambda source=source: source.num_openings > 0)  # type: ignore[misc]
-        feed.close()
-        assert feed.frames.settle(0)
+@pytest.mark.parametrize("script", [goes_on, gives(0)])
+def test_closes_while_it_waits(
+    script: Callable[[Event], Generator[Shot, None, None]],
+) -> None:
+    source = Script(script)
+    feed = Feed(source, 1, patience=Patience(least=1000, most=1000))
+    assert reached(lambda: source.num_openings > 0)
+    feed.close()
+    assert feed.frames.settle(0)

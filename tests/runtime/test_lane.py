@@ -331,7 +331,7 @@ class TestAnswerThatIsClosed:
                 answer.close()
                 reading.release()
 
-        answer._reading = Late()  # type: ignore[assignment]
+        answer._reading = Late()  # type: ignore[assignment]  # a lock in all that is used of one
         assert answer._advance()
         assert inspect.getgeneratorstate(answer._coming) == inspect.GEN_CLOSED
         assert answer.finish_reason == "stop"

@@ -4,63 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loopback import Dials, Listener, Script, answer, listening, saying
-from ppllava_runtime.limits import MediaLimits
+from fetches import LIMITS, ask, fetched, fetcher, refused, silent
+from loopback import Dials, Listener, Script, answer, saying
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.fetching import Fetcher
 from ppllava_runtime.server.settings import Settings
 from ppllava_runtime.server.spool import Spool
 from ppllava_runtime.server.urls import Policy
-
-LIMITS = MediaLimits(num_bytes=1 << 20)
-
-
-async def to_here(*_: object) -> Sequence[str]:
-    return ["127.0.0.1"]
-
-
-def fetcher(*hosts: str, seconds: float = 20.0, **domains: Any) -> Fetcher:
-    settings = Settings(private_hosts=hosts, media=LIMITS, **domains)
-    return Fetcher(Policy(settings), LIMITS, seconds=seconds, resolve=to_here)
-
-
-async def fetched(it: Fetcher, url: str) -> bytes:
-    async with aclosing(it.fetch(url)) as chunks:
-        return b"".join([chunk async for chunk in chunks])
-
-
-async def refused(it: Fetcher, url: str, code: str = "media_fetch_failed") -> str:
-    with pytest.raises(ApiError) as caught:
-        await fetched(it, url)
-    assert (caught.value.status, caught.value.code) == (400, code)
-    return caught.value.message
-
-
-def ask(
-    script: Script, what: Callable[[Listener], Awaitable[Any]], tls: ssl.SSLContext | None = None
-) -> Listener:
-    """Runs what with a server that answers so; it ends in time, whatever it is."""
-
-    async def run() -> Listener:
-        async with listening(script, tls=tls) as listener:
-            await asyncio.wait_for(what(listener), 30)
-            if listener.num_connections:
-                await asyncio.wait_for(listener.closed.wait(), 30)
-        return listener
-
-    return asyncio.run(run())
 
 
 def test_a_request_says_what_it_must_and_no_more() -> None:
@@ -231,10 +189,6 @@ async def not_yet(_: str, __: object, writer: Any) -> None:
         await asyncio.sleep(DRIP_SECONDS)
 
 
-async def silent(_: str, reader: asyncio.StreamReader, __: object) -> None:
-    await reader.read()
-
-
 @pytest.mark.parametrize("script", [dripping_head, dripping_body, not_yet, silent])
 def test_one_deadline_holds_for_all_of_it(script: Script) -> None:
     async def what(there: Listener) -> None:
@@ -326,84 +280,6 @@ def test_redirects_are_followed_three_times() -> None:
     asked = [head.split()[1] for head in there.requests]
     assert asked == ["/a/3", "/a/2?x", "/a/1?x", "/end", "/a/4", "/a/3?x", "/a/2?x", "/a/1?x"]
     assert not any("cookie" in head.lower() for head in there.requests)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of nvr.lan by itself, with its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate: NOT RUN")
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    rest: list[str | Path] = [
-        "-subj",
-        "/CN=nvr.lan",
-        "-addext",
-        "subjectAltName=DNS:nvr.lan",
-        "-keyout",
-        path,
-    ]
-    subprocess.run(
-        [*command.split(), *rest, "-out", path.with_suffix(".crt")], check=True, capture_output=True
-    )
-    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
-    return path
-
-
-def server_side(certificate: Path, names: list[str | None]) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    context.sni_callback = lambda _, name, __: names.append(name)
-    return context
-
-
-def test_tls_is_of_the_name_that_was_asked_for(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_suffix(".crt")))
-    names: list[str | None] = []
-
-    async def what(there: Listener) -> None:
-        it = fetcher(f"nvr.lan:{there.port}", f"other.lan:{there.port}")
-        assert await fetched(it, f"https://nvr.lan:{there.port}/") == b"film"
-        # Whose certificate is another's is nobody.
-        await refused(it, f"https://other.lan:{there.port}/")
-
-    there = ask(saying(answer(b"film")), what, server_side(certificate, names))
-    assert names == ["nvr.lan", "other.lan"]
-    assert len(there.requests) == 1
-
-
-def test_a_certificate_of_nobody_is_refused(certificate: Path) -> None:
-    names: list[str | None] = []
-
-    async def what(there: Listener) -> None:
-        it = fetcher(f"nvr.lan:{there.port}")
-        await refused(it, f"https://nvr.lan:{there.port}/")
-        there.closed.set()  # it never got as far as to be one
-
-    assert ask(saying(answer(b"film")), what, server_side(certificate, names)).requests == []
-
-
-def test_a_handshake_that_hangs_is_left_in_time() -> None:
-    async def what(there: Listener) -> None:
-        it = fetcher(f"127.0.0.1:{there.port}", seconds=0.3)
-        await refused(it, f"https://127.0.0.1:{there.port}/")
-
-    ask(silent, what)
-
-
-def test_no_redirect_leaves_https(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_suffix(".crt")))
-
-    async def what(plain: Listener) -> None:
-        script = saying(answer(b"", "302 Found", location=f"http://127.0.0.1:{plain.port}/"))
-        async with listening(script, tls=server_side(certificate, [])) as there:
-            it = fetcher(f"nvr.lan:{there.port}", f"127.0.0.1:{plain.port}")
-            assert await fetched(it, f"http://127.0.0.1:{plain.port}/") == b"film"
-            await refused(it, f"https://nvr.lan:{there.port}/", "media_not_allowed")
-
-    assert ask(saying(answer(b"film")), what).num_connections == 1
 
 
 def test_files_and_data_come_in_the_same_way(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
 
 from load import Withheld, head, question
 from ppllava_runtime import Assistant
@@ -269,7 +270,8 @@ def test_there_are_so_many_sessions_and_keys_are_asked_for(serve: Serve) -> None
     with pytest.raises(InvalidStatus):
         connect(url)
     offered = base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
-    with connect(url, subprotocols=["ppllava", f"key.{offered}"]) as browser:  # type: ignore[list-item]
+    protocols = [Subprotocol("ppllava"), Subprotocol(f"key.{offered}")]
+    with connect(url, subprotocols=protocols) as browser:
         first = Session(browser)
         first.say("session.config")
         assert first.hear()["type"] == "session.started"

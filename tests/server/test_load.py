@@ -17,7 +17,7 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
-from load import Reply, Withheld, alone, head, many, question
+from load import Reply, Withheld, alone, endless, head, many, question
 from server_process import Serve, Served
 
 NUM_CLIENTS, NUM_REQUESTS, NUM_WARM_UP = 100, 2000, 200
@@ -54,18 +54,9 @@ def test_who_hangs_up_frees_the_slot(serve: Serve) -> None:
     with Withheld() as media:
         server = serve("--running", 1, "--queued", 0, "--private-host", media.host)
         url = f"{server.url}/v1/chat/completions"
-        # As long as the tiny model's positions last: it does not end by itself with this seed.
-        long = {
-            "model": server.model,
-            "messages": [{"role": "user", "content": "What is it?"}],
-            "max_tokens": 100_000,
-            "temperature": 1.0,
-            "seed": 3,
-            "stream": True,
-        }
         body = json.dumps(question(server.model, url=media.url)).encode()
         for number in range(3):
-            with httpx2.stream("POST", url, json=long) as answer:
+            with httpx2.stream("POST", url, json=endless(server.model)) as answer:
                 next(answer.iter_raw(1))
             wait_until_free(server)
             with socket.create_connection(("127.0.0.1", server.port), 10) as connection:

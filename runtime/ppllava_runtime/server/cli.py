@@ -11,7 +11,7 @@ import dataclasses
 import ipaddress
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ppllava_engines import strict_json
@@ -202,12 +202,14 @@ def _parser() -> argparse.ArgumentParser:
             "to fetch media from")  # fmt: skip
     several("--media-root", "media_roots", "DIR", "folder of file:// URLs", Path)
 
-    def setting(flag: str, name: str, kind: object, metavar: str, about: str) -> None:
+    def setting(
+        flag: str, name: str, kind: Callable[[str], object], metavar: str, about: str
+    ) -> None:
         default = getattr(limits if name in _names(MediaLimits) else defaults, name)
         shown = (
             _shown(default) if kind is _size else f"{default:g}" if kind is _seconds else default
         )
-        add(flag, dest=name, type=kind, metavar=metavar, help=f"{about} (default: {shown})")  # type: ignore[arg-type]
+        add(flag, dest=name, type=kind, metavar=metavar, help=f"{about} (default: {shown})")
 
     setting("--running", "num_running", _count, "N", "requests answered at once")
     setting("--queued", "num_queued", _count_or_none, "N", "requests that wait for that; more: 429")

@@ -73,7 +73,7 @@ class DeadlineProtocol(H11Protocol):
     _alarm: asyncio.TimerHandle | None = None
     _is_refused = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Starts the deadline of the first head; one connection too many is told and closed."""
         super().connection_made(transport)
         if len(self.connections) > self.settings.num_connections:

@@ -85,7 +85,7 @@ class _Server(uvicorn.Server):
             proxy_headers=False,
             backlog=_BACKLOG,
             # Time to be told that time is up, which the protocol does.
-            timeout_graceful_shutdown=settings.drain_seconds,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=settings.drain_seconds,  # type: ignore[arg-type]  # a float is as good
         )
         super().__init__(config)
         self._service = service

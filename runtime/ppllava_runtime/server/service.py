@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,8 +29,6 @@ from ppllava_runtime.server.spool import Spool
 from ppllava_runtime.server.urls import Policy
 
 State = Literal["starting", "ready", "draining", "failed"]
-
-_LOGGER = logging.getLogger("ppllava.server")
 
 
 @dataclass
@@ -141,7 +138,7 @@ class Service:
         try:
             Image.new("RGB", (64, 64), (90, 120, 150)).save(path)
             video = self.assistant.watch(path)
-            video.answer("What is this?", Options(max_new_tokens=2)).text  # noqa: B018
+            _ = video.answer("What is this?", Options(max_new_tokens=2)).text  # which generates it
         finally:
             path.unlink(missing_ok=True)
 
