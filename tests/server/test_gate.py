@@ -36,13 +36,19 @@ def locked(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield it
 
 
+def _told(connection: socket.socket) -> bytes:
+    """A response with one of our errors, or with as much as comes."""
+    told = b""
+    while b"}}" not in told and (piece := connection.recv(4096)):
+        told += piece
+    return told
+
+
 def asked_raw(port: int, request: bytes) -> tuple[int, dict[str, object]]:
     """Status and error of a request as it stands."""
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(request)
-        told = b""
-        while b"}}" not in told and (piece := connection.recv(4096)):
-            told += piece
+        told = _told(connection)
     head, _, body = told.partition(b"\r\n\r\n")
     error = json.loads(body)["error"] if b'"error"' in body else {}
     return int(head.split()[1]), error
@@ -203,34 +209,42 @@ def test_a_body_is_refused_by_what_comes(locked: Served) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
-def test_bodies_together_are_bounded(locked: Served) -> None:
-    """Six that are nearly sent: four fit, and what they held is free again when they go."""
+@pytest.mark.parametrize("piece_bytes", [BODY_BYTES, 1 << 15], ids=["one by one", "in turns"])
+def test_bodies_together_are_bounded(locked: Served, piece_bytes: int) -> None:
+    """Six that are nearly sent: four fit, and what they held is free again when they go.
+
+    In turns, all six are half there when the first is refused: what it held has to be free while
+    it is told so, or others are refused for it.
+    """
     head = (
         f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {BODY_BYTES}\r\n\r\n"
     )
+    sent = head.encode() + b" " * (BODY_BYTES - 1)
     several = [socket.create_connection(("127.0.0.1", locked.port), 10) for _ in range(6)]
     try:
-        for connection in several:
-            connection.sendall(head.encode() + b" " * (BODY_BYTES - 1))
-        refused: list[bytes] = []
+        for start in range(0, len(sent), piece_bytes):
+            for connection in several:
+                connection.sendall(sent[start : start + piece_bytes])
+        refused: list[socket.socket] = []
         while len(refused) < 2:
-            readable, _, _ = select.select(several, [], [], 10)
+            readable, _, _ = select.select(
+                [one for one in several if one not in refused], [], [], 10
+            )
             assert readable, "nobody was refused"
-            for connection in readable:
-                told = b""
-                while b"}}" not in told and (piece := connection.recv(4096)):
-                    told += piece
-                refused.append(told)
-                several.remove(connection)
-                connection.close()
-        assert len(several) == 4
-        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in refused)
-        assert all(b"retry-after: " in answer for answer in refused)
-        assert all(b"server_busy" in answer for answer in refused)
+            refused += readable
+        for connection in several:
+            if connection not in refused:
+                connection.sendall(b" ")
+        answers = [_told(connection) for connection in several]
     finally:
         for connection in several:
             connection.close()
+    busy = [answer for answer in answers if answer.startswith(b"HTTP/1.1 429 ")]
+    assert len(busy) == 2
+    assert all(b"retry-after: " in answer and b"server_busy" in answer for answer in busy)
+    # Of white space: the four were read to their ends.
+    assert sum(answer.startswith(b"HTTP/1.1 400 ") for answer in answers) == 4
     headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
     body = b" " * (BODY_BYTES - 1)
     statuses = {httpx2.post(locked.url + ROUTE, content=body, headers=headers).status_code

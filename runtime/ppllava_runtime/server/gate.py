@@ -53,7 +53,7 @@ class Gate:
         self._service = service
         self._settings = service.settings
         self._hashes = [hashlib.sha256(key.encode()).digest() for key in self._settings.api_keys]
-        self._body_bytes = 0  # of all requests that are in memory
+        self.body_bytes = 0  # of all requests that are in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it here."""
@@ -75,7 +75,7 @@ class Gate:
         try:
             await self._app(scope, body.receive, send)
         finally:
-            self._body_bytes -= body.num_bytes
+            body.let_go()
 
     def _check(self, scope: Scope, headers: Headers) -> str:
         """The tenant."""
@@ -130,13 +130,13 @@ class Gate:
         Raises:
             ApiError: 413 where it is too large; 429 where all bodies together are.
         """
-        self._body_bytes += num_bytes
+        self.body_bytes += num_bytes
         if of_this > self._settings.body_bytes:
             raise self._too_large("longer")
-        if self._body_bytes > _BODIES_TOGETHER * self._settings.body_bytes:
+        if self.body_bytes > _BODIES_TOGETHER * self._settings.body_bytes:
             raise ApiError(
                 429,
-                f"gate: requests of {self._body_bytes} bytes are on their way, expected at most "
+                f"gate: requests of {self.body_bytes} bytes are on their way, expected at most "
                 f"{_BODIES_TOGETHER * self._settings.body_bytes}: try again in a few seconds",
                 code="server_busy",
                 type="rate_limit_error",
@@ -163,16 +163,26 @@ class _Body:
             headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
         )
         self._ends = False  # the connection, with this response
-        self.num_bytes = 0
+        self._num_bytes = 0
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._is_read = not message.get("more_body", False)
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
-            self.num_bytes += size
-            self._gate.count(size, self.num_bytes)
+            self._num_bytes += size
+            try:
+                self._gate.count(size, self._num_bytes)
+            except ApiError:
+                # Nothing of it is kept while it is told so, which must not refuse others as well.
+                self.let_go()
+                raise
         return message
+
+    def let_go(self) -> None:
+        """Counts this body no longer among those in memory."""
+        self._gate.body_bytes -= self._num_bytes
+        self._num_bytes = 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self._is_read:
