@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple
 from operator import index
 from os import PathLike
@@ -51,8 +52,8 @@ class Assistant(Asker):
         device: "cpu"; see `engine.DEVICES` for others.
         memory: What to keep of a video, see `MemoryLayout`: the more, the sooner its next answer
             begins.
-        store: Where to keep what was watched, so that the same is not watched again; several
-            assistants may share one.
+        store: Where to keep what was watched, so that the same is not watched again, nor by two at
+            once; several assistants may share one.
         decoding: Reads the files; LOCAL does it here, which is for those that one trusts.
 
     Attributes:
@@ -156,18 +157,18 @@ class Assistant(Asker):
             self._check_at_most("frames", count)
         sample = Sample(count, rate, begin, stop, None if rate is None else self.max_frames)
 
-        def see() -> tuple[Kind, Seen[Record]]:
+        def see(told: Progress | None) -> tuple[Kind, Seen[Record]]:
             with stopwatch.time("decode"):
                 check_file(path)
                 still = self.decoding.still(path)
             if still is None:
                 frames = self.decoding.clip(path, sample, self.model.image_size)
-                return "video", self._watch(frames, stopwatch, progress)
+                return "video", self._watch(frames, stopwatch, told)
             _refuse_for_picture(path, given)
-            return "image", self._look_at([still], 1, stopwatch, progress)
+            return "image", self._look_at([still], 1, stopwatch, told)
 
         source = Source([path], astuple(sample), self._seer, owner)
-        video = self._remember(source, see, stopwatch)
+        video = self._remember(source, see, stopwatch, progress)
         if video.memory.kind == "image":
             _refuse_for_picture(path, given)
         return video
@@ -214,18 +215,18 @@ class Assistant(Asker):
             sample = Sample(count, most=self.max_frames)
         files = [Path(path) for path in paths]
 
-        def see() -> tuple[Kind, Seen[Record]]:
+        def see(told: Progress | None) -> tuple[Kind, Seen[Record]]:
             still = self.decoding.still
             if fps is not None:
                 frames = PictureFrames(files, sample, fps, self.model.image_size, still)
-                return "video", self._watch(frames, stopwatch, progress)
+                return "video", self._watch(frames, stopwatch, told)
             kind: Kind = "image" if len(files) == 1 else "images"
             pictures = each_picture(files, still)
-            return kind, self._look_at(pictures, len(files), stopwatch, progress)
+            return kind, self._look_at(pictures, len(files), stopwatch, told)
 
         of_frames = () if fps is None else (fps,)
         source = Source(files, (*astuple(sample), *of_frames), self._seer, owner)
-        video = self._remember(source, see, stopwatch)
+        video = self._remember(source, see, stopwatch, progress)
         if fps is None and video.memory.kind == "video":
             raise DataError(f"image {files[0]}: not an image, give a video alone")
         return video
@@ -371,24 +372,30 @@ class Assistant(Asker):
         )
 
     def _remember(
-        self, source: Source, see: Callable[[], tuple[Kind, Seen[Record]]], stopwatch: Stopwatch
+        self,
+        source: Source,
+        see: Callable[[Progress | None], tuple[Kind, Seen[Record]]],
+        stopwatch: Stopwatch,
+        progress: Progress | None,
     ) -> Video:
         """What is in the store, or else what there is to see, which goes there."""
-        store, key = self.store, None
+        store, key, told = self.store, None, progress
         if store is not None:
             with stopwatch.time("decode"):
                 key = source.key()
-            if key is not None and (watched := store.get(key)) is not None:
-                return Video(self, watched.of(source.paths), Cost(0, 0, stopwatch), key)
-        kind, seen = see()
-        info, thumbnails = seen.info, seen.thumbnails
-        memory = Memory(
-            kind, seen.arrays, self.model.grid, info.timestamps, thumbnails, seen.tiling
-        )
-        watched = Watched(memory, info, source.paths, self._seer)
-        key = key if source.is_unchanged() else None
-        if store is not None and key is not None:
-            store.put(key, watched)
+        with ExitStack() as turn:
+            if store is not None and key is not None:
+                with stopwatch.time("decode"):  # where another does it now, all that is left of it
+                    told = turn.enter_context(store.watching(key, progress))
+                if (watched := store.get(key)) is not None:
+                    return Video(self, watched.of(source.paths), Cost(0, 0, stopwatch), key)
+            kind, seen = see(told)
+            info, small = seen.info, seen.thumbnails
+            memory = Memory(kind, seen.arrays, self.model.grid, info.timestamps, small, seen.tiling)
+            watched = Watched(memory, info, source.paths, self._seer)
+            key = key if source.is_unchanged() else None
+            if store is not None and key is not None:
+                store.put(key, watched)
         return Video(self, watched, Cost(info.num_decoded, seen.num_encoded, stopwatch), key)
 
 

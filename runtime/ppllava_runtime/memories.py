@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import Condition
 
 from ppllava_engines.bundle import FileSpec
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
+from ppllava_runtime.watching import Progress
+
+_NOTHING_YET = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,24 @@ class MemoryStore:
         if budget_bytes < 1:
             raise UsageError(f"the budget of memories is {budget_bytes} bytes, expected 1 or more")
         self.budget_bytes = budget_bytes
-        self._lock = Lock()
+        self._changed = Condition()
         self._found: OrderedDict[str, Watched] = OrderedDict()  # the one used last is last
         self._nbytes = 0
+        self._watched: dict[str, tuple[int, int]] = {}  # by someone now, who is that far
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._changed:
             return len(self._found)
 
     @property
     def nbytes(self) -> int:
         """The size of all memories in it, in bytes."""
-        with self._lock:
+        with self._changed:
             return self._nbytes
 
     def get(self, key: str) -> Watched | None:
         """What was put there under this key, if it is still there."""
-        with self._lock:
+        with self._changed:
             if key in self._found:
                 self._found.move_to_end(key)
             return self._found.get(key)
@@ -86,7 +90,7 @@ class MemoryStore:
         size = watched.memory.nbytes
         if size > self.budget_bytes:
             return
-        with self._lock:
+        with self._changed:
             if (before := self._found.pop(key, None)) is not None:
                 self._nbytes -= before.memory.nbytes
             while self._nbytes + size > self.budget_bytes:
@@ -94,6 +98,47 @@ class MemoryStore:
                 self._nbytes -= oldest.memory.nbytes
             self._found[key] = watched
             self._nbytes += size
+
+    @contextmanager
+    def watching(self, key: str, progress: Progress | None) -> Iterator[Progress]:
+        """The block, for one at a time with this key: who comes later finds what was put there.
+
+        Yields what the one inside is to call with its progress; those who wait hear of it.
+
+        Args:
+            key: Under which what is seen will be kept.
+            progress: Called with the progress, one's own or that of who is waited for; what it
+                raises ends the waiting.
+        """
+        heard = _NOTHING_YET
+        while (now := self._enter(key, heard)) is not None:
+            heard = now
+            if progress and heard != _NOTHING_YET:
+                progress(*heard)
+
+        def tell(done: int, total: int) -> None:
+            with self._changed:
+                self._watched[key] = done, total
+                self._changed.notify_all()
+            if progress:
+                progress(done, total)
+
+        try:
+            yield tell
+        finally:
+            with self._changed:
+                del self._watched[key]
+                self._changed.notify_all()
+
+    def _enter(self, key: str, heard: tuple[int, int]) -> tuple[int, int] | None:
+        """None when it is one's turn; until then how far the other is, each time that changes."""
+        with self._changed:
+            while self._watched.get(key) == heard:
+                self._changed.wait()
+            if key in self._watched:
+                return self._watched[key]
+            self._watched[key] = _NOTHING_YET
+            return None
 
 
 class Source:

@@ -6,9 +6,10 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from random import Random
+from threading import Event
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from PIL import Image
 
 from ppllava_engines.errors import DataError, UsageError
 from ppllava_runtime import Assistant, MemoryStore
+from ppllava_runtime.conversation import Video
 from ppllava_runtime.memories import Source, Watched
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
+from ppllava_runtime.watching import Progress
 from tiny_videos import numbered_frames, write_video
 
 QUESTION = "What colour is the circle?"
@@ -150,6 +153,90 @@ def test_what_was_seen_is_not_looked_at_again(
     assert cost.milliseconds.vision == 0 < cost.milliseconds.decode  # the file was read
     with pytest.raises(AttributeError):
         assistant.watch(clip, 5)
+
+
+class TestTwoAtOnce:
+    """One watches a clip, and another wants the same while it does."""
+
+    def run(
+        self, assistant: Assistant, clip: Path, first: Progress, second: Progress
+    ) -> list[Future[Video]]:
+        """What becomes of both; the other one comes when the tower has nothing yet."""
+        with ThreadPoolExecutor(2) as pool:
+            others: list[Future[Video]] = []
+
+            def told(done: int, total: int) -> None:
+                if not others:
+                    others.append(pool.submit(assistant.watch, clip, 6, progress=second))
+                first(done, total)
+
+            one = pool.submit(assistant.watch, clip, 6, progress=told)
+            wait([one])
+            return [one, *others]
+
+    def test_one_is_enough(self, assistant: Assistant, clip: Path) -> None:
+        hears = Event()
+        heard: list[tuple[int, int]] = []
+
+        def listen(done: int, total: int) -> None:
+            heard.append((done, total))
+            hears.set()
+
+        def go_on(_done: int, _total: int) -> None:
+            assert hears.wait(30)
+
+        one, other = self.run(assistant, clip, go_on, listen)
+        assert one.result().memory is other.result().memory
+        answers = [video.result().ask(QUESTION, max_new_tokens=1) for video in (one, other)]
+        assert [answer.accounting.num_frames_encoded for answer in answers] == [6, 0]
+        assert heard[0] == (0, 6)
+        assert heard == sorted(set(heard))
+
+    def test_where_one_fails_the_other_watches(self, assistant: Assistant, clip: Path) -> None:
+        hears = Event()
+
+        def listen(_done: int, _total: int) -> None:
+            hears.set()
+
+        def leave(_done: int, _total: int) -> None:
+            assert hears.wait(30)
+            raise InterruptedError
+
+        one, other = self.run(assistant, clip, leave, listen)
+        with pytest.raises(InterruptedError):
+            one.result()
+        answer = other.result().ask(QUESTION, max_new_tokens=1)
+        assert answer.accounting.num_frames_encoded == 6
+
+    def test_who_waits_may_leave(self, assistant: Assistant, clip: Path) -> None:
+        leaves = Event()
+
+        def leave(_done: int, _total: int) -> None:
+            leaves.set()
+            raise InterruptedError
+
+        def go_on(_done: int, _total: int) -> None:
+            assert leaves.wait(30)
+
+        one, other = self.run(assistant, clip, go_on, leave)
+        with pytest.raises(InterruptedError):
+            other.result()
+        assert len(one.result().memory.timestamps) == 6
+
+    def test_others_are_not_waited_for(self, assistant: Assistant, clip: Path) -> None:
+        inside, outside = Event(), Event()
+
+        def stay(_done: int, _total: int) -> None:
+            inside.set()
+            assert outside.wait(30)
+
+        with ThreadPoolExecutor(1) as pool:
+            one = pool.submit(assistant.watch, clip, 6, progress=stay)
+            assert inside.wait(30)
+            assistant.watch(clip, 5)
+            assistant.watch(clip, 6, owner="another")
+            assert not one.done()
+            outside.set()
 
 
 def test_pictures_come_again_too(

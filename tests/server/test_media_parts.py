@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ def test_all_ways_to_send_a_video_are_the_same(ask: Ask, clip: Path, video: str)
         assert (seen["kind"], seen["uuid"], seen["damage"]) == ("video", None, None)
         assert len(seen["timestamps"]) == told(response)["frames"]["sampled"]
     assert [told(response)["cached"] for response in found] == [False, True, True]
+
+
+def test_many_who_ask_about_the_same_at_once_have_it_encoded_once(ask: Ask, video: str) -> None:
+    part = {"type": "video_url", "video_url": {"url": video}, "num_frames": 7}
+    with ThreadPoolExecutor(4) as pool:
+        found = [told(response) for response in pool.map(ask, [part] * 4)]
+    assert sorted(one["frames"]["encoded"] for one in found) == [0, 0, 0, 7]
+    assert sorted(one["cached"] for one in found) == [False, True, True, True]
 
 
 def test_frames_of_a_video_are_one(ask: Ask) -> None:
