@@ -36,9 +36,10 @@ from ppllava_runtime.sources import open_source
 _FLAT = 8e6  # bytes that the last quarter may have above the second
 _NEW_TOKENS = 16
 _QUESTION = "What happens in the video?"
-_SECONDS_PER_SAMPLE = 0.5
-_PATIENCE = Patience(silence=5.0, least=0.2, most=1.0)
-_LAST_SECONDS = 30.0  # for the last drop to be recovered from
+_SECONDS_PER_TURN = 0.5
+_SECONDS_PER_LOOK = 0.02
+_PATIENCE = Patience(least=0.2, most=1.0)
+_RECOVERY_SECONDS = 30.0  # for a drop to be recovered from
 
 
 @dataclass
@@ -91,7 +92,10 @@ def soak(
     fps: float = 5.0,
     kind: Kind = "http",
 ) -> Report:
-    """What comes of watching a video over and over for so many seconds.
+    """What comes of watching a video over and over for so many seconds, in turns.
+
+    A machine that is too slow for that takes longer, and makes no less of it: where turns are at
+    least as many, so many questions are asked, and drops made if all are recovered from.
 
     Raises:
         PPLLaVAError: What ended the watching, or a question that was refused.
@@ -111,28 +115,33 @@ def soak(
         follower = Follower(feed.frames, add)
         until_the_end.callback(follower.close)
         follower.wait_for(lambda: live.num_seen > 0)
-        began = time.monotonic()
-        while (now := time.monotonic() - began) < seconds:
-            report.samples.append((now, _resident()))
-            if now >= report.num_answers * seconds / num_questions:
+        began = last_cut = time.monotonic()
+
+        def is_back() -> bool:
+            until = last_cut + _RECOVERY_SECONDS
+            while feed.num_recovered < report.num_drops and time.monotonic() < until:
+                pause.wait(_SECONDS_PER_LOOK)
+                follower.check()
+            return feed.num_recovered >= report.num_drops
+
+        num_turns = max(1, round(seconds / _SECONDS_PER_TURN))
+        for turn in range(num_turns):
+            report.samples.append((time.monotonic() - began, _resident()))
+            if turn >= report.num_answers * num_turns / num_questions:
                 answer = live.ask(_QUESTION, max_new_tokens=_NEW_TOKENS)
                 report.num_answers += bool(answer.ids)
                 report.first_tokens.append(answer.accounting.milliseconds.first_token)
-            # Half a turn later; one that follows before the stream is back would be none.
-            if (
-                now >= (report.num_drops + 0.5) * seconds / num_drops
-                and feed.num_recovered == report.num_drops
-            ):
+            # Half a drop's turns later; one that follows before the stream is back would be none.
+            if turn >= (report.num_drops + 0.5) * num_turns / num_drops and is_back():
                 cut()
+                last_cut = time.monotonic()
                 report.num_drops += 1
-            pause.wait(_SECONDS_PER_SAMPLE)
+            pause.wait(began + (turn + 1) * _SECONDS_PER_TURN - time.monotonic())
             follower.check()
-        last = seconds + _LAST_SECONDS
-        while feed.num_recovered < report.num_drops and time.monotonic() - began < last:
-            pause.wait(_SECONDS_PER_SAMPLE)
-            follower.check()
-        report.num_frames, report.num_dropped = feed.num_seen, feed.num_dropped
-        report.num_kept, report.num_recovered = live.num_seen, feed.num_recovered
+        is_back()
+        # In this order, as more frames come meanwhile.
+        report.num_kept, report.num_dropped = live.num_seen, feed.num_dropped
+        report.num_frames, report.num_recovered = feed.num_seen, feed.num_recovered
     return report
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
+_PATIENCE = 60_000  # ms, of whoever waits for something: a machine may be busy with other tests
 _FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -48,12 +49,14 @@ class Visit:
         return [dict(one.post_data_json or {}) for one in self.requests if one.method == "POST"]
 
     def ask(self, question: str) -> None:
-        """Asks and waits for the answer."""
-        cards = self.page.locator(".turn .cost")
+        """Asks and waits for the answer, with its heatmaps."""
+        cards, idle = self.page.locator(".turn .cost"), self.page.locator("#send")
+        idle.wait_for()
         before = cards.count()
         self.page.fill("#question", question)
         self.page.press("#question", "Enter")
         cards.nth(before).wait_for()
+        idle.wait_for()  # which is there again when all is
 
     def fact(self, turn: int) -> list[str]:
         """What the page says an answer cost."""
@@ -71,6 +74,7 @@ def chromium() -> Iterator[Browser]:
     """The browser, running."""
     if not CHROMIUM.exists():
         pytest.skip(f"NOT RUN: the page in a browser: there is no {CHROMIUM}")
+    expect.set_options(timeout=_PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
         try:
@@ -91,8 +95,8 @@ def visit(browser: Browser, url: str, script: str = "", **options: Any) -> Itera
     """
     with browser.new_context(**options) as context:
         page = context.new_page()
+        page.set_default_timeout(_PATIENCE)
         page.add_init_script(script)
-        page.set_default_timeout(15_000)
         it = Visit(page, url)
         page.on("console", lambda message: it.told.append(message.text))
         page.on("pageerror", lambda error: it.told.append(str(error)))

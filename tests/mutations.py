@@ -24,6 +24,7 @@ from PIL import Image
 
 from ppllava_engines.errors import MediaError
 from ppllava_runtime.choosing import Sample
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.sandbox import Sandbox
 from tiny_videos import numbered_frames, write_video
 
@@ -119,10 +120,10 @@ def decode_all(
 def outcome_of(sandbox: Sandbox, path: Path) -> str:
     """What the sandbox makes of a file, see `Outcome`."""
     try:
-        if (found := sandbox.still(path)) is not None:
+        if (found := sandbox.still(path, Leaving())) is not None:
             assert found[0].size, f"{path}: a picture without a pixel"
             return "frames"
-        frames = sandbox.clip(path, Sample(NUM_FRAMES), SIZE)
+        frames = sandbox.clip(path, Sample(NUM_FRAMES), SIZE, Leaving())
         try:
             rows = {row for rows, _, _ in frames for row in rows}
         finally:

@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx2
+from httpx2._config import DEFAULT_TIMEOUT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("engines", "runtime"))
 START_SECONDS = 60.0
 SERVE = "import sys; from ppllava_runtime.server.cli import run; sys.exit(run())"
+
+
+# Any process of a test may stand still for longer than the 5 s that clients wait by themselves.
+for _part in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _part, START_SECONDS)
 
 
 @dataclass

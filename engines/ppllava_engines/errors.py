@@ -6,6 +6,7 @@ PPLLaVAError                70
 │   └── MediaError          65   a stranger's video or picture: damaged, or it breaks a limit
 ├── NotFoundError           66   a file or folder that is not there
 ├── UnavailableError        69   a missing package or device; names the pip command
+│   └── SandboxError        69   what decodes strangers' files is gone, or cannot be started
 ├── InternalError           70   a promise that this code itself broke
 ├── StorageError            74   reading or writing failed
 └── IncompatibleError       78   well formed, but of a version or variant not known here
@@ -62,6 +63,10 @@ class UnavailableError(PPLLaVAError):
     """A package or device that is missing; the message names the pip command."""
 
     exit_code = 69
+
+
+class SandboxError(UnavailableError):
+    """What decodes the files of strangers is gone or cannot be started; no file is to blame."""
 
 
 class InternalError(PPLLaVAError):

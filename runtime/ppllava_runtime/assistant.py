@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple
+from functools import partial
 from operator import index
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ from ppllava_runtime.constraint import Grammars
 from ppllava_runtime.conversation import Conversation, Cost, Turns, Video
 from ppllava_runtime.decoders import Constraint, Decoder
 from ppllava_runtime.lane import Lane, LanedEngine, LoadedOnce
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.local import LOCAL
 from ppllava_runtime.memories import MemoryStore, Source, Watched
 from ppllava_runtime.memory import Kind, Memory
@@ -126,6 +128,7 @@ class Assistant(Asker):
         *,
         fps: float | None = None,
         owner: str = "",
+        leaving: Leaving | None = None,
     ) -> Video:
         """The video (or picture) in a file, looked at once and remembered for all questions.
 
@@ -139,13 +142,15 @@ class Assistant(Asker):
                 ends the watching.
             fps: Instead of a number of frames, so many per second, as far as the model takes them.
             owner: For whom; what was seen for others is not found in the store.
+            leaving: Ends it when nobody waits for it any more: sooner than `progress` could.
 
         Raises:
             UsageError: More frames than the model takes, a span outside the video, or any of these
                 for a picture; or outputs too large for float16, see `Recorder.encode`.
             DataError, NotFoundError, StorageError, UnavailableError: See `video.read_clip`.
+            Left: Nobody waits for it any more.
         """
-        path, stopwatch = Path(path), Stopwatch()
+        path, stopwatch, stay = Path(path), Stopwatch(), leaving or Leaving()
         asked = {"frames": num_frames, "fps": fps, "start": start, "end": end}
         given = [name for name, value in asked.items() if value is not None]
         # NumPy's numbers are numbers too.
@@ -157,18 +162,18 @@ class Assistant(Asker):
             self._check_at_most("frames", count)
         sample = Sample(count, rate, begin, stop, None if rate is None else self.max_frames)
 
-        def see(told: Progress | None) -> tuple[Kind, Seen[Record]]:
+        def see(told: Progress) -> tuple[Kind, Seen[Record]]:
             with stopwatch.time("decode"):
                 check_file(path)
-                still = self.decoding.still(path)
+                still = self.decoding.still(path, stay)
             if still is None:
-                frames = self.decoding.clip(path, sample, self.model.image_size)
+                frames = self.decoding.clip(path, sample, self.model.image_size, stay)
                 return "video", self._watch(frames, stopwatch, told)
             _refuse_for_picture(path, given)
             return "image", self._look_at([still], 1, stopwatch, told)
 
         source = Source([path], astuple(sample), self._seer, owner)
-        video = self._remember(source, see, stopwatch, progress)
+        video = self._remember(source, see, stopwatch, progress, stay)
         if video.memory.kind == "image":
             _refuse_for_picture(path, given)
         return video
@@ -181,6 +186,7 @@ class Assistant(Asker):
         fps: float | None = None,
         num_frames: int | None = None,
         owner: str = "",
+        leaving: Leaving | None = None,
     ) -> Video:
         """Several pictures, looked at together and remembered; one is seen as `watch` sees it.
 
@@ -191,13 +197,15 @@ class Assistant(Asker):
             fps: Makes them the frames of a video: so many are a second.
             num_frames: Frames of that video to look at; None is all that the model takes.
             owner: See `watch`.
+            leaving: See `watch`.
 
         Raises:
             UsageError: No picture, more than the model takes, or one path that is in no list;
                 `num_frames` of pictures that are no video, or an `fps` that is none.
             DataError, NotFoundError, StorageError: See `video.each_picture`.
+            Left: Nobody waits for it any more.
         """
-        stopwatch = Stopwatch()
+        stopwatch, stay = Stopwatch(), leaving or Leaving()
         if isinstance(paths, str | PathLike):  # whose letters would be paths
             raise UsageError(f"look takes a list of paths, got {str(paths)!r}: put it in a list")
         if not paths:
@@ -215,8 +223,8 @@ class Assistant(Asker):
             sample = Sample(count, most=self.max_frames)
         files = [Path(path) for path in paths]
 
-        def see(told: Progress | None) -> tuple[Kind, Seen[Record]]:
-            still = self.decoding.still
+        def see(told: Progress) -> tuple[Kind, Seen[Record]]:
+            still = partial(self.decoding.still, leaving=stay)
             if fps is not None:
                 frames = PictureFrames(files, sample, fps, self.model.image_size, still)
                 return "video", self._watch(frames, stopwatch, told)
@@ -226,7 +234,7 @@ class Assistant(Asker):
 
         of_frames = () if fps is None else (fps,)
         source = Source(files, (*astuple(sample), *of_frames), self._seer, owner)
-        video = self._remember(source, see, stopwatch, progress)
+        video = self._remember(source, see, stopwatch, progress, stay)
         if fps is None and video.memory.kind == "video":
             raise DataError(f"image {files[0]}: not an image, give a video alone")
         return video
@@ -343,9 +351,7 @@ class Assistant(Asker):
                 f"{self.max_frames}: run ppllava-build with more --frames"
             )
 
-    def _watch(
-        self, frames: ClipFrames, stopwatch: Stopwatch, progress: Progress | None
-    ) -> Seen[Record]:
+    def _watch(self, frames: ClipFrames, stopwatch: Stopwatch, progress: Progress) -> Seen[Record]:
         return watch_clip(
             frames,
             recorder_of=self.recorder,
@@ -359,7 +365,7 @@ class Assistant(Asker):
         pictures: Iterable[tuple[NDArray[np.uint8], str | None]],
         count: int,
         stopwatch: Stopwatch,
-        progress: Progress | None,
+        progress: Progress,
     ) -> Seen[Record]:
         return watch_pictures(
             pictures,
@@ -374,22 +380,23 @@ class Assistant(Asker):
     def _remember(
         self,
         source: Source,
-        see: Callable[[Progress | None], tuple[Kind, Seen[Record]]],
+        see: Callable[[Progress], tuple[Kind, Seen[Record]]],
         stopwatch: Stopwatch,
         progress: Progress | None,
+        leaving: Leaving,
     ) -> Video:
         """What is in the store, or else what there is to see, which goes there."""
-        store, key, told = self.store, None, progress
+        store, key, tell = self.store, None, leaving.checking(progress)
         if store is not None:
             with stopwatch.time("decode"):
                 key = source.key()
         with ExitStack() as turn:
             if store is not None and key is not None:
                 with stopwatch.time("decode"):  # where another does it now, all that is left of it
-                    told = turn.enter_context(store.watching(key, progress))
+                    tell = turn.enter_context(store.watching(key, tell, leaving))
                 if (watched := store.get(key)) is not None:
                     return Video(self, watched.of(source.paths), Cost(0, 0, stopwatch), key)
-            kind, seen = see(told)
+            kind, seen = see(tell)
             info, small = seen.info, seen.thumbnails
             memory = Memory(kind, seen.arrays, self.model.grid, info.timestamps, small, seen.tiling)
             watched = Watched(memory, info, source.paths, self._seer)

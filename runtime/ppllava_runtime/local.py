@@ -12,6 +12,7 @@ from queue import Empty, Queue
 from threading import Event, Thread
 from typing import TypeVar
 
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.pictures import read_picture
 from ppllava_runtime.preprocess import squared
@@ -30,18 +31,20 @@ class Local:
     For files that one trusts: what a decoder does with others is anybody's guess.
     """
 
-    def still(self, path: Path) -> tuple[Picture, str | None] | None:
-        """The picture in a file; see `pictures.read_picture`."""
+    def still(self, path: Path, leaving: Leaving) -> tuple[Picture, str | None] | None:
+        """The picture in a file; see `pictures.read_picture`. Nothing ends it before."""
+        leaving.check()
         return read_picture(path)
 
-    def clip(self, path: Path, sample: Sample, size: int) -> ClipFrames:
+    def clip(self, path: Path, sample: Sample, size: int, leaving: Leaving) -> ClipFrames:
         """The frames of a video as `video.ChosenFrames` gives them."""
-        return _LocalFrames(path, sample, size)
+        return _LocalFrames(path, sample, size, leaving)
 
 
 class _LocalFrames:
-    def __init__(self, path: Path, sample: Sample, size: int) -> None:
+    def __init__(self, path: Path, sample: Sample, size: int, leaving: Leaving) -> None:
         left = Event()
+        self._leaving = leaving
         self._chosen = ChosenFrames(path, sample, alone=False, left=left)
         self._ahead = ahead(self._shrunk(size), _FRAMES_AHEAD, left)
 
@@ -61,6 +64,7 @@ class _LocalFrames:
 
     def _shrunk(self, size: int) -> Generator[Shown, None, None]:
         for rows, frame in self._chosen:
+            self._leaving.check()
             (thumbnail,) = thumbnails([frame])
             yield rows, squared(frame, size), thumbnail
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from threading import Condition
 
 from ppllava_engines.bundle import FileSpec
-from ppllava_engines.errors import UsageError
+from ppllava_engines.errors import PPLLaVAError, UsageError
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
 from ppllava_runtime.watching import Progress
-
-_NOTHING_YET = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,15 @@ class Watched:
         return replace(self, info=info, paths=tuple(paths))
 
 
+class _Watch:
+    """What somebody watches, and how far that is."""
+
+    def __init__(self) -> None:
+        self.done: tuple[int, int] | None = None
+        self.has_ended = False
+        self.has_failed = False  # because of what there is to see
+
+
 class MemoryStore:
     """The memories that were used last, as many as fit. Several threads may share one.
 
@@ -66,7 +74,7 @@ class MemoryStore:
         self._changed = Condition()
         self._found: OrderedDict[str, Watched] = OrderedDict()  # the one used last is last
         self._nbytes = 0
-        self._watched: dict[str, tuple[int, int]] = {}  # by someone now, who is that far
+        self._watches: dict[str, _Watch] = {}
 
     def __len__(self) -> int:
         with self._changed:
@@ -100,45 +108,66 @@ class MemoryStore:
             self._nbytes += size
 
     @contextmanager
-    def watching(self, key: str, progress: Progress | None) -> Iterator[Progress]:
+    def watching(self, key: str, progress: Progress, leaving: Leaving) -> Iterator[Progress]:
         """The block, for one at a time with this key: who comes later finds what was put there.
 
-        Yields what the one inside is to call with its progress; those who wait hear of it.
+        But where that one fails those who waited for it no longer wait for each other. Yields what
+        the one inside is to call with its progress: those who wait hear of it.
 
         Args:
             key: Under which what is seen will be kept.
             progress: Called with the progress, one's own or that of who is waited for; what it
-                raises ends the waiting.
+                raises ends either.
+            leaving: Who leaves waits no more.
+
+        Raises:
+            Left: Nobody waits for what is waited for.
         """
-        heard = _NOTHING_YET
-        while (now := self._enter(key, heard)) is not None:
-            heard = now
-            if progress and heard != _NOTHING_YET:
-                progress(*heard)
+        mine = _Watch()
+        with leaving.ending(self._wake):
+            while (other := self._begin(key, mine)) is not mine:
+                self._follow(other, progress, leaving)
+                if other.has_failed:
+                    break
 
         def tell(done: int, total: int) -> None:
             with self._changed:
-                self._watched[key] = done, total
+                mine.done = done, total
                 self._changed.notify_all()
-            if progress:
-                progress(done, total)
+            progress(done, total)
 
         try:
             yield tell
+        except PPLLaVAError:
+            mine.has_failed = True
+            raise
         finally:
             with self._changed:
-                del self._watched[key]
+                mine.has_ended = True
+                if self._watches.get(key) is mine:
+                    del self._watches[key]
                 self._changed.notify_all()
 
-    def _enter(self, key: str, heard: tuple[int, int]) -> tuple[int, int] | None:
-        """None when it is one's turn; until then how far the other is, each time that changes."""
+    def _begin(self, key: str, mine: _Watch) -> _Watch:
+        """Who watches what will be kept under a key: nobody else, or another."""
         with self._changed:
-            while self._watched.get(key) == heard:
-                self._changed.wait()
-            if key in self._watched:
-                return self._watched[key]
-            self._watched[key] = _NOTHING_YET
-            return None
+            return self._watches.setdefault(key, mine)
+
+    def _follow(self, other: _Watch, progress: Progress, leaving: Leaving) -> None:
+        """Returns when another has watched; calls `progress` with how far it is."""
+        told: tuple[int, int] | None = None
+        while not other.has_ended:
+            with self._changed:
+                while not (other.has_ended or other.done != told or leaving.has_left):
+                    self._changed.wait()
+                told = other.done
+            leaving.check()
+            if told:
+                progress(*told)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
 
 class Source:

@@ -55,11 +55,25 @@ class Newest(Generic[Item]):
             (item,), self._item = self._item, None
             return item
 
-    def settle(self, timeout: float | None = None) -> bool:
-        """Whether all that was put there before was done with, or dropped, in this time."""
+    def settle(
+        self, timeout: float | None = None, given_up: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Whether all that was put there before was done with, or dropped, in this time.
+
+        Args:
+            timeout: In seconds; None is for ever.
+            given_up: Whether nobody waits for it any more; `wake` has it asked.
+        """
         with self._changed:
             before = self.num_put
-            return self._changed.wait_for(lambda: self._closed or self._num_done >= before, timeout)
+            return self._changed.wait_for(
+                lambda: self._closed or self._num_done >= before or given_up(), timeout
+            )
+
+    def wake(self) -> None:
+        """Has who waits look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def close(self, error: Exception | None = None) -> None:
         """Nothing more comes: what is there may still be taken, then `error` is raised."""
@@ -135,7 +149,8 @@ class Follower(Generic[Item]):
                     self._changed.notify_all()
         except Exception as failure:
             error = failure
-            self._items.close()
         with self._changed:
             self.has_ended, self._error = True, error
             self._changed.notify_all()
+        # Last: who waits there for it to be done with what was put looks here then.
+        self._items.close()

@@ -21,10 +21,12 @@ from ppllava_engines.errors import (
     DataError,
     MediaError,
     NotFoundError,
+    SandboxError,
     StorageError,
     UsageError,
 )
 from ppllava_runtime.choosing import Sample
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.local import ahead
 from ppllava_runtime.memory import THUMBNAIL_SIDE
@@ -60,7 +62,7 @@ class Sandbox:
         """This sandbox, ready to decode.
 
         Raises:
-            UnavailableError: Its first process does not start.
+            SandboxError: Its first process does not start.
             UsageError: It was closed.
         """
         with self._lock:
@@ -89,17 +91,19 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def still(self, path: Path) -> tuple[Picture, str | None] | None:
+    def still(self, path: Path, leaving: Leaving) -> tuple[Picture, str | None] | None:
         """The picture in a file, see `pictures.read_picture`.
 
         Raises:
             MediaError: Whatever is wrong with what is in it: damage, more than the limits, what
                 broke the process that decoded it.
             DataError, NotFoundError, StorageError: It is no file, not there, or may not be read.
-            UnavailableError, UsageError: See `start`.
+            SandboxError: What decodes is gone, or does not start.
+            UsageError: See `start`.
+            Left: Nobody waits for it any more.
         """
         job = Job(str(path), "still", Sample(), 0, self.limits)
-        with closing(self.begin("image", job)) as run:
+        with closing(self.begin("image", job, leaving)) as run, leaving.ending(run.kill):
             found = run.take(Still)
             if found.height == 0:
                 run.finish()
@@ -110,22 +114,27 @@ class Sandbox:
             run.finish()
             return picture, found.note and plain(found.note)
 
-    def clip(self, path: Path, sample: Sample, size: int) -> ClipFrames:
+    def clip(self, path: Path, sample: Sample, size: int, leaving: Leaving) -> ClipFrames:
         """The frames of a video as `video.ChosenFrames` gives them.
 
         Iterating raises what `still` does, for videos.
         """
-        return _SandboxFrames(self, path, sample, size)
+        return _SandboxFrames(self, path, sample, size, leaving)
 
-    def begin(self, kind: str, job: Job) -> Run:
+    def begin(self, kind: str, job: Job, leaving: Leaving) -> Run:
         """A process that decodes a file; see `still` for what it raises."""
         with closing(_Opened(kind, Path(job.path), self.limits.num_bytes)) as file, self._lock:
             try:
                 wires = self._started().begin(job, file.descriptor)
             except OSError:  # it died since it was looked at
                 self._stop()
-                wires = self._started().begin(job, file.descriptor)
-        return Run(self.limits, self._tally, f"{kind} {job.path}", *wires)
+                try:
+                    wires = self._started().begin(job, file.descriptor)
+                except OSError as error:
+                    raise SandboxError(
+                        f"sandbox: what decodes dies as soon as it has started ({error})"
+                    ) from error
+        return Run(self.limits, self._tally, f"{kind} {job.path}", leaving, *wires)
 
     def _started(self) -> Zygote:
         if self._closed:
@@ -146,12 +155,15 @@ class _SandboxFrames:
 
     info: ClipInfo
 
-    def __init__(self, sandbox: Sandbox, path: Path, sample: Sample, size: int) -> None:
+    def __init__(
+        self, sandbox: Sandbox, path: Path, sample: Sample, size: int, leaving: Leaving
+    ) -> None:
         self.num_rows = 0
         self._sandbox = sandbox
         self._path = path
         self._sample = sample
         self._size = size
+        self._leaving = leaving
         self._run: Run | None = None
         self._left = Event()
         self._ahead = ahead(self._received(), _FRAMES_AHEAD, self._left)
@@ -168,7 +180,8 @@ class _SandboxFrames:
     def _received(self) -> Generator[Shown, None, None]:
         size, sandbox = self._size, self._sandbox
         job = Job(str(self._path), "clip", _in_plain_numbers(self._sample), size, sandbox.limits)
-        with closing(sandbox.begin("video", job)) as run:
+        leaving = self._leaving
+        with closing(sandbox.begin("video", job, leaving)) as run, leaving.ending(run.kill):
             self._run = run
             if self._left.is_set():
                 return

@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from socket import AF_UNIX, SHUT_RDWR, SOCK_SEQPACKET, SOCK_STREAM, send_fds, socket, socketpair
 from threading import Lock
 from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from ppllava_engines.errors import DataError, MediaError, UnavailableError, UsageError
+from ppllava_engines.errors import DataError, MediaError, SandboxError, UsageError
 from ppllava_engines.strict_json import decode, loads
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.sandbox_wire import (
     ENDED_BYTES,
@@ -35,7 +37,7 @@ One = TypeVar("One", bound=Message)
 Other = TypeVar("Other", bound=Message)
 
 _START_SECONDS = 60.0
-_END_SECONDS = 5.0  # for a process that has said its last word, or was killed
+_END_SECONDS = 20.0  # for a process that has said its last word, or was killed
 _MOST_TEXT = 2000  # characters of what a process says
 # What of the environment Python and the libraries need; keys and such are nobody's business there.
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
@@ -65,11 +67,11 @@ class Zygote:
     """The process that forks those that decode.
 
     Raises:
-        UnavailableError: It does not start.
+        SandboxError: It does not start.
     """
 
     def __init__(self) -> None:
-        self._control, its = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        self._control, its = _wire(SOCK_SEQPACKET)
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         # As this process finds them, from a folder where nobody else's modules are found first.
         folders = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100 - keeps links
@@ -78,14 +80,20 @@ class Zygote:
         environment |= {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "ppllava_runtime.sandbox_worker", str(its.fileno())]
         with its:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[its.fileno()],
-                env=environment,
-                cwd="/",
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[its.fileno()],
+                    env=environment,
+                    cwd="/",
+                )
+            except OSError as error:
+                self._control.close()
+                raise SandboxError(
+                    f"sandbox: the process that is to decode cannot be started ({error})"
+                ) from error
         self._control.settimeout(_START_SECONDS)
         try:
             started = self._control.recv(len(READY)) == READY
@@ -96,7 +104,7 @@ class Zygote:
             raise
         if not started:
             self.close()
-            raise UnavailableError(
+            raise SandboxError(
                 "sandbox: the process that is to decode did not start "
                 f"(exit code {self._process.returncode}): its reason is above"
             )
@@ -111,9 +119,15 @@ class Zygote:
 
         Raises:
             OSError: The zygote is dead.
+            SandboxError: It is not, but there is no descriptor left to reach it by.
         """
-        data, its_data = socketpair(AF_UNIX, SOCK_STREAM)
-        status, its_status = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        data, its_data = _wire(SOCK_STREAM)
+        try:
+            status, its_status = _wire(SOCK_SEQPACKET)
+        except SandboxError:
+            data.close()
+            its_data.close()
+            raise
         with its_data, its_status:
             try:
                 descriptors = [its_data.fileno(), its_status.fileno(), file]
@@ -141,16 +155,24 @@ class Run:
         limits: Which it was given.
         tally: Where its end is counted.
         what: "video clip.mp4", to begin a sentence with.
+        leaving: Who waits for what it says.
         data: What it says.
         status: How it ended, which the zygote says; closing it ends the process.
     """
 
     def __init__(
-        self, limits: MediaLimits, tally: Tally, what: str, data: socket, status: socket
+        self,
+        limits: MediaLimits,
+        tally: Tally,
+        what: str,
+        leaving: Leaving,
+        data: socket,
+        status: socket,
     ) -> None:
         self._limits = limits
         self._tally = tally
         self._what = what
+        self._leaving = leaving
         self._data = data
         self._status = status
         self._seconds_left = limits.wall_seconds
@@ -164,7 +186,8 @@ class Run:
         """The next message, which must be of such a kind.
 
         Raises:
-            MediaError: What is wrong with the file, or what became of the process.
+            MediaError: What is wrong with the file, or how it ended the process.
+            SandboxError: The process is gone, and the file is not to blame.
             UsageError: What is wrong with what was asked.
         """
         length = int.from_bytes(self._exactly(LENGTH_BYTES), "big")
@@ -198,14 +221,14 @@ class Run:
         """Waits for the process to end, which it does now by itself."""
         if not self._buried:
             self._buried = True
-            self._tally.add(self._ended(), broken=False)
+            with suppress(TimeoutError):  # what it was to say, it has said
+                self._tally.add(self._ended(), broken=False)
 
     def kill(self) -> None:
-        """Ends the process soon; any thread may do so."""
-        try:
+        """Ends the process soon, and now who waits for what it says; any thread may do so."""
+        with suppress(OSError):  # they are closed, and the process has ended
             self._status.shutdown(SHUT_RDWR)
-        except OSError:  # it is closed, and the process has ended
-            return
+            self._data.shutdown(SHUT_RDWR)
 
     def close(self) -> None:
         """Ends the process, if it has not ended."""
@@ -229,6 +252,7 @@ class Run:
                 found = 0
             self._seconds_left -= time.monotonic() - began
             if found == 0:
+                self._leaving.check()  # else it would be blamed for its end
                 raise self._verdict()
             view = view[found:]
 
@@ -239,13 +263,19 @@ class Run:
             "make it shorter or smaller"
         )
 
-    def _verdict(self) -> MediaError:
+    def _verdict(self) -> MediaError | SandboxError:
         """Why a process ended without a word."""
         self._buried = True
-        ended, limits = self._ended(), self._limits
-        self._tally.add(ended, broken=True)
+        try:
+            ended, limits = self._ended(), self._limits
+        except TimeoutError:
+            return self.broken("it says no more and does not end")
         if ended is None:
-            return MediaError(f"{self._what}: the process that decoded it was ended from outside")
+            return SandboxError(
+                f"{self._what}: the process that decodes it was ended from outside, or could not "
+                "be made: try again"
+            )
+        self._tally.add(ended, broken=True)
         slow = ended.signal == signal.SIGXCPU or ended.cpu_seconds >= math.ceil(limits.cpu_seconds)
         if slow:
             return MediaError(
@@ -258,13 +288,27 @@ class Run:
         return MediaError(f"{self._what}: it broke its decoder ({reason})")
 
     def _ended(self) -> Ended | None:
-        """How it ended; None when there is nobody left to say it."""
+        """How it ended; None when there is nobody left to say it.
+
+        Raises:
+            TimeoutError: It has not ended.
+        """
         self._status.settimeout(_END_SECONDS)
         try:
             content = self._status.recv(ENDED_BYTES)
+        except TimeoutError:
+            raise
         except OSError:
             return None
         return decode(Ended, json.loads(content), "end") if content else None
+
+
+def _wire(kind: int) -> tuple[socket, socket]:
+    """Both ends of one, ours first."""
+    try:
+        return socketpair(AF_UNIX, kind)
+    except OSError as error:
+        raise SandboxError(f"sandbox: nothing more can be decoded now ({error})") from error
 
 
 def plain(text: str) -> str:

@@ -7,6 +7,7 @@ itself. Those that do can open nothing, and end with it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import importlib
 import json
@@ -20,7 +21,6 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from fcntl import F_DUPFD, fcntl
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +56,7 @@ from ppllava_runtime.video import ChosenFrames
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _NOBODY = 65534
+_NUM_SENT = 3  # descriptors with a job: those of `Run`, and the file
 
 
 def main() -> NoReturn:
@@ -104,6 +105,10 @@ class _Zygote:
         self._prctl = ctypes.CDLL(None).prctl
         # What a fork leaves behind is this process's child from then on, see `_sweep`.
         self._prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        # All where a fork's are to lie, so that none of those that come has to make room there.
+        while (nothing := os.open(os.devnull, os.O_RDWR)) < NUM_DESCRIPTORS:
+            pass
+        self._nothing = nothing
         self._filters = seccomp.available()
         if not self._filters:
             print(
@@ -130,24 +135,41 @@ class _Zygote:
                 self._take_job()
 
     def _take_job(self) -> None:
-        content, descriptors, _, _ = socket.recv_fds(self._control, JOB_BYTES, 3)
+        content, descriptors, _, _ = socket.recv_fds(self._control, JOB_BYTES, _NUM_SENT)
         if not content:
             self._end()
-        data, status, file = descriptors
-        job = decode(Job, json.loads(content), "job")
+        try:
+            # The kernel drops those for which there is no room.
+            if len(descriptors) < _NUM_SENT:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            data, status, file = descriptors
+            self._fork(decode(Job, json.loads(content), "job"), data, status, file)
+        except OSError as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            _complain(error)
+
+    def _fork(self, job: Job, data: int, status: int, file: int) -> None:
+        """Takes the descriptors, unless it raises OSError: then nothing was forked."""
         self._num_forked += 1
         pid = os.fork()
         if pid == 0:
             try:
-                self._enter(data, file, job.limits)
+                self._enter(data, status, file, job.limits)
                 _work(job)
             finally:
                 os._exit(1)
+        try:
+            handle = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         os.close(data)
         os.close(file)
-        fork = _Fork(pid, os.pidfd_open(pid), socket.socket(fileno=status))
-        self._forks |= {fork.handle: fork, status: fork}
-        self._poll.register(fork.handle, select.POLLIN)
+        fork = _Fork(pid, handle, socket.socket(fileno=status))
+        self._forks |= {handle: fork, status: fork}
+        self._poll.register(handle, select.POLLIN)
         self._poll.register(status, select.POLLIN)  # and hanging up, which always counts
 
     def _bury(self, fork: _Fork) -> None:
@@ -186,20 +208,30 @@ class _Zygote:
         self._sweep()
         os._exit(0)
 
-    def _enter(self, data: int, file: int, limits: MediaLimits) -> None:
+    def _enter(self, data: int, status: int, file: int, limits: MediaLimits) -> None:
         """Makes this fork the one that decodes: from here on there is no way back."""
+        told = socket.socket(fileno=status)
+        try:
+            self._restrict(data, file, {status, self._nothing}, limits)
+        except BaseException as error:
+            _complain(error)
+            told.shutdown(socket.SHUT_RDWR)  # so that nobody says that the file did this
+            raise
+        for descriptor in (0, 1, 2):
+            os.dup2(self._nothing, descriptor)
+        os.close(self._nothing)
+        told.close()
+
+    def _restrict(self, data: int, file: int, kept: set[int], limits: MediaLimits) -> None:
+        """Takes from this fork what it does not need, besides the descriptors `kept`."""
         # FFmpeg makes as many threads as there are cores to scale a picture, and each takes its
         # share of the address space.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[self._num_forked % len(cores)]})
-        data, file = (fcntl(old, F_DUPFD, NUM_DESCRIPTORS) for old in (data, file))
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(nothing, descriptor)
         os.dup2(data, DATA)
         os.dup2(file, FILE)
         for descriptor in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-            if descriptor >= NUM_DESCRIPTORS:
+            if descriptor >= NUM_DESCRIPTORS and descriptor not in kept:
                 with suppress(OSError):  # that by which the folder was read
                     os.close(descriptor)
         seconds = math.ceil(limits.cpu_seconds)
@@ -217,12 +249,18 @@ class _Zygote:
                 os.setresgid(_NOBODY, _NOBODY, _NOBODY)
                 os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if self._prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-            os._exit(1)
+            raise OSError("this process might gain rights")
         # After all that, as another user would have to say it again.
         if self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != self._pid:
-            os._exit(1)
+            raise OSError("this process would survive the one that made it")
         if self._filters:
             seccomp.install()
+
+
+def _complain(error: BaseException) -> None:
+    """Tells who runs all this; who asked learns of it as nobody has its descriptors any more."""
+    with suppress(OSError):
+        print(f"sandbox: a file cannot be decoded: {error}", file=sys.stderr, flush=True)
 
 
 def _work(job: Job) -> NoReturn:

@@ -21,6 +21,7 @@ from ppllava_engines.bundle import ModelSpec
 from ppllava_engines.errors import InternalError
 from ppllava_runtime.answer import Stopwatch
 from ppllava_runtime.anyres import Tiling
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.preprocess import normalised, squared
 from ppllava_runtime.video import ClipInfo, Sample, each_picture
@@ -86,15 +87,18 @@ class Opener(Protocol):
         NotFoundError, StorageError, UnavailableError: The same; see `video.read_clip`.
     """
 
-    def still(self, path: Path) -> tuple[Picture, str | None] | None:
+    def still(self, path: Path, leaving: Leaving) -> tuple[Picture, str | None] | None:
         """The picture (H,W,3) in a file and what there is to note; None of a video.
 
-        See `pictures.read_picture`.
+        See `pictures.read_picture`. Who leaves may end it before, with Left.
         """
         ...
 
-    def clip(self, path: Path, sample: Sample, size: int) -> ClipFrames:
-        """The frames of a video, in squares of `size`; what is wrong is raised by iterating."""
+    def clip(self, path: Path, sample: Sample, size: int, leaving: Leaving) -> ClipFrames:
+        """The frames of a video, in squares of `size`; what is wrong is raised by iterating.
+
+        So is Left, where who leaves ends it.
+        """
         ...
 
 

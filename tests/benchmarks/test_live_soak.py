@@ -15,7 +15,7 @@ def test_answers_and_recovers_and_does_not_grow(bundle: Path, tmp_path: Path) ->
     report = soak(bundle, video, 8.0, num_questions=8, num_drops=4, fps=25, kind="rtsp")
     assert report.num_answers == 8
     assert report.num_recovered == report.num_drops == 4
-    assert report.num_kept > 50
+    assert report.num_kept > 10  # of some 200, most of which a busy machine may drop or not send
     assert report.num_frames >= report.num_kept + report.num_dropped
     # Too short for the real limit: what the allocator keeps at the start is in it.
     assert report.growth < 32e6

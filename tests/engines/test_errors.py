@@ -20,6 +20,7 @@ from ppllava_engines.errors import PPLLaVAError, run_command
         (errors.DataError, 65),
         (errors.NotFoundError, 66),
         (errors.UnavailableError, 69),
+        (errors.SandboxError, 69),
         (errors.InternalError, 70),
         (errors.StorageError, 74),
         (errors.IncompatibleError, 78),

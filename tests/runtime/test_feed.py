@@ -7,6 +7,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from threading import Condition, Event
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from clocks import HandClock, reached
 from ppllava_engines.errors import DataError, UnavailableError, UsageError
 from ppllava_runtime.feed import Backoff, Clock, Feed, Pace, Patience
 from ppllava_runtime.newest import Follower, Newest
@@ -22,6 +24,7 @@ from tiny_videos import numbered_frames, read_number, write_video
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 SOON = Patience(first=30, silence=0.2, least=0.01, most=0.02)
+NEVER_SILENT = replace(SOON, silence=300)
 
 
 class Script:
@@ -40,23 +43,6 @@ class Script:
         yield from act(left)
 
 
-class JumpingClock(Clock):
-    """A clock of which no wait takes time."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.waits: list[float] = []
-
-    def now(self) -> float:
-        return self.seconds
-
-    def wait(self, changed: Condition, seconds: float | None) -> None:
-        assert seconds is not None
-        self.waits.append(seconds)
-        self.seconds += seconds
-        changed.wait(0.001)
-
-
 def gives(count: int) -> Callable[[Event], Generator[Shot, None, None]]:
     def act(_: Event) -> Generator[Shot, None, None]:
         for _number in range(count):
@@ -69,15 +55,6 @@ def gives(count: int) -> Callable[[Event], Generator[Shot, None, None]]:
 def goes_on(left: Event) -> Generator[Shot, None, None]:
     while not left.wait(0.002):
         yield Shot(None, lambda: PICTURE)
-
-
-def reached(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Whether it is true in time."""
-    until = time.monotonic() + seconds
-    waiting = Event()
-    while not condition() and time.monotonic() < until:
-        waiting.wait(0.005)
-    return condition()
 
 
 @pytest.mark.parametrize(
@@ -178,6 +155,30 @@ def test_a_follower_tells_what_ended_it() -> None:
     follower.close()
 
 
+def test_who_waits_for_a_follower_that_failed_is_told() -> None:
+    """As soon as nothing is waited for any more, although its thread may do nothing for long."""
+    told = Event()
+
+    class Closed(Newest[int]):
+        def close(self, error: Exception | None = None) -> None:
+            super().close(error)
+            assert told.wait(20)
+
+    def fails(number: int) -> None:
+        raise DataError(f"frame {number}: it is broken")
+
+    items = Closed()
+    follower = Follower(items, fails)
+    items.put(1)
+    assert items.settle(20)
+    try:
+        with pytest.raises(DataError, match="frame 1"):
+            follower.check()
+    finally:
+        told.set()
+    follower.close()
+
+
 def test_plays_a_recording_at_its_times(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", numbered_frames(12), fps=25)
     began = time.monotonic()
@@ -186,8 +187,11 @@ def test_plays_a_recording_at_its_times(tmp_path: Path) -> None:
         while (frame := feed.frames.take()) is not None:
             found.append((read_number(frame.picture), round(frame.seconds, 4)))
     assert time.monotonic() - began >= 11 / 25
-    assert found == [(number, number / 25) for number in range(12)]
-    assert (feed.num_seen, feed.num_dropped, feed.num_lost) == (12, 0, 0)
+    numbers = [number for number, _ in found]  # all of them, but on a machine that is busy
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == 11
+    assert found == [(number, number / 25) for number in numbers]
+    assert (feed.num_seen, len(found) + feed.num_dropped, feed.num_lost) == (12, 12, 0)
 
 
 def test_drops_what_a_slow_encoder_does_not_take(tmp_path: Path) -> None:
@@ -195,12 +199,11 @@ def test_drops_what_a_slow_encoder_does_not_take(tmp_path: Path) -> None:
     with Feed(Recording(path), 100) as feed:
         first = feed.frames.take()
         assert reached(lambda: feed.frames.num_put == 12)
-        last = feed.frames.take()
-        assert first is not None
-        assert last is not None
-        assert read_number(last.picture) == 11
-        assert feed.num_dropped == 10 - read_number(first.picture)
-        assert feed.frames.take() is None
+        shown = [first, *iter(feed.frames.take, None)]
+    numbers = [read_number(frame.picture) for frame in shown if frame]
+    assert numbers[-1] == 11
+    assert len(numbers) <= 2
+    assert feed.num_dropped == 12 - len(numbers)
 
 
 def test_makes_no_pictures_but_those_of_its_rate(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_makes_no_pictures_but_those_of_its_rate(tmp_path: Path) -> None:
 def test_comes_back_after_each_loss() -> None:
     told: list[str] = []
     source = Script(*[gives(3)] * 20, goes_on)
-    with Feed(source, 1000, patience=SOON, tell=told.append) as feed:
+    with Feed(source, 1000, patience=NEVER_SILENT, tell=told.append) as feed:
         assert reached(lambda: feed.num_recovered == 20)
     assert feed.num_lost == 20
     assert source.num_openings == 21
@@ -236,7 +239,12 @@ def test_gives_up_a_source_that_is_silent_or_hangs() -> None:
         yield Shot(None, lambda: PICTURE)  # which nobody wants any more
 
     told: list[str] = []
-    with Feed(Script(is_silent, hangs, goes_on), 1000, patience=SOON, tell=told.append) as feed:
+    source, clock = Script(is_silent, hangs, goes_on), HandClock()
+    with Feed(source, 1000, patience=SOON, clock=clock, tell=told.append) as feed:
+        assert reached(lambda: feed.num_seen == 1)
+        assert clock.loses(feed, SOON.silence)
+        assert reached(lambda: feed.num_recovered == 1)
+        assert clock.loses(feed, SOON.silence)
         assert reached(lambda: feed.num_recovered == 2)
         assert "source of a test: lost (no picture for 0.2 s), next try in 0.0 s" in told
         before = feed.num_lost
@@ -247,8 +255,10 @@ def test_gives_up_a_source_that_is_silent_or_hangs() -> None:
 
 
 def test_gives_up_what_never_gave_a_picture() -> None:
-    clock = JumpingClock()
-    feed = Feed(Script(gives(0)), 1, clock=clock, chance=random.Random(0))
+    patience = Patience(silence=300)
+    clock = HandClock(patience.most)
+    source, chance = Script(gives(0)), random.Random(0)
+    feed = Feed(source, 1, patience=patience, clock=clock, chance=chance)
     with feed, pytest.raises(UnavailableError) as error:
         feed.frames.take()
     assert "source of a test: no picture came in" in str(error.value)
@@ -285,13 +295,11 @@ def test_a_picture_of_a_connection_that_was_given_up_comes_too_late() -> None:
         yield Shot(None, lambda: PICTURE)
         left.wait(20)
 
-    def is_silent(left: Event) -> Generator[Shot, None, None]:
-        left.wait(20)
-        yield from ()
-
-    with Feed(Script(is_late, gives_one, is_silent), 1000, patience=SOON) as feed:
-        assert feed.frames.take() is not None
-        assert wanted.is_set()
+    clock = HandClock()
+    with Feed(Script(is_late, gives_one), 1000, patience=SOON, clock=clock) as feed:
+        assert wanted.wait(20)
+        assert clock.loses(feed, SOON.silence)
+        assert reached(lambda: feed.frames.num_put == 1)
         released.set()
         assert ended.wait(20)
         assert feed.frames.num_put == 1
@@ -316,7 +324,7 @@ def test_opens_nothing_after_it_was_closed() -> None:
     source, clock = Script(hangs), Noting()
     patience = Patience(first=1000, silence=0.01, least=0.001, most=77)
     feed = Feed(source, 1, patience=patience, clock=clock)
-    assert reached(lambda: 77 in clock.waits)
+    assert reached(lambda: 77 in clock.waits and source.num_openings == 3)
     feed.close()
     released.set()
     assert source.num_openings == 3
@@ -334,9 +342,9 @@ def test_keeps_nothing_of_a_connection_that_was_lost() -> None:
 
     gc.disable()
     try:
-        with Feed(Script(breaks, goes_on), 1000, patience=SOON) as feed:
+        with Feed(Script(breaks, goes_on), 1000, patience=NEVER_SILENT) as feed:
             assert reached(lambda: feed.num_recovered == 1)
-            assert reached(lambda: held[0]() is None, 2)
+            assert reached(lambda: held[0]() is None)
     finally:
         gc.enable()
 

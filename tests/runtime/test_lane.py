@@ -44,15 +44,21 @@ def waited_for(lane: Lane, count: int) -> None:
 INTERRUPTED = """
 import os, signal, threading
 from ppllava_runtime.lane import Lane
-signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupt(*_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, interrupt)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 lane, entered, leave = Lane(), threading.Event(), threading.Event()
 def hold():
     with lane:
         entered.set()
+        pause = threading.Event()
         while not lane.num_waiting:
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
+            pause.wait(0.001)
+        while lane.num_waiting:  # one that comes just before the other blocks is not noticed
+            os.kill(os.getpid(), signal.SIGINT)
+            pause.wait(0.1)
         assert leave.wait(60)
 holder = threading.Thread(target=hold)
 holder.start()

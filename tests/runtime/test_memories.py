@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from random import Random
-from threading import Event
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from PIL import Image
 from ppllava_engines.errors import DataError, UsageError
 from ppllava_runtime import Assistant, MemoryStore
 from ppllava_runtime.conversation import Video
+from ppllava_runtime.leaving import Leaving, Left
 from ppllava_runtime.memories import Source, Watched
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
@@ -222,6 +223,57 @@ class TestTwoAtOnce:
         with pytest.raises(InterruptedError):
             other.result()
         assert len(one.result().memory.timestamps) == 6
+
+    def test_who_waits_may_leave_before_more_is_heard(
+        self, assistant: Assistant, clip: Path
+    ) -> None:
+        inside, heard, left, leaving = Event(), Event(), Event(), Leaving()
+
+        def stay(_done: int, _total: int) -> None:
+            inside.set()
+            assert left.wait(30)
+
+        def listen(_done: int, _total: int) -> None:
+            heard.set()
+
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(assistant.watch, clip, 6, progress=stay)
+            assert inside.wait(30)
+            other = pool.submit(assistant.watch, clip, 6, progress=listen, leaving=leaving)
+            assert heard.wait(30)
+            leaving.leave()
+            leaving.end()
+            with pytest.raises(Left):
+                other.result(30)
+            assert not one.done()
+            left.set()
+
+    def test_what_cannot_be_watched_is_not_waited_for_twice(
+        self, assistant: Assistant, clip: Path
+    ) -> None:
+        inside, heard, together = Event(), Barrier(3, timeout=30), Barrier(2, timeout=30)
+
+        def fail(_done: int, _total: int) -> None:
+            inside.set()
+            heard.wait()
+            raise DataError("video: it is damaged")
+
+        def listening() -> Progress:
+            waits = [heard, together]  # first for the one that fails, then for nobody
+
+            def told(_done: int, _total: int) -> None:
+                if waits:
+                    waits.pop(0).wait()
+
+            return told
+
+        with ThreadPoolExecutor(3) as pool:
+            one = pool.submit(assistant.watch, clip, 6, progress=fail)
+            assert inside.wait(30)
+            others = [pool.submit(assistant.watch, clip, 6, progress=listening()) for _ in range(2)]
+            with pytest.raises(DataError):
+                one.result()
+            assert all(other.result().memory for other in others)
 
     def test_others_are_not_waited_for(self, assistant: Assistant, clip: Path) -> None:
         inside, outside = Event(), Event()

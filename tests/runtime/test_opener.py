@@ -12,6 +12,7 @@ from PIL import Image
 from ppllava_engines.errors import DataError, InternalError, MediaError, UsageError
 from ppllava_runtime import Assistant, MemoryStore, Video
 from ppllava_runtime.choosing import Sample, choose_frames
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.local import LOCAL
 from ppllava_runtime.video import ClipInfo
 from ppllava_runtime.watching import ClipFrames, Picture, Shown
@@ -33,14 +34,14 @@ class Noting:
         self.num_open = 0
         self.change = change
 
-    def still(self, path: Path) -> tuple[Picture, str | None] | None:
+    def still(self, path: Path, leaving: Leaving) -> tuple[Picture, str | None] | None:
         self.stills.append(path)
-        return LOCAL.still(path)
+        return LOCAL.still(path, leaving)
 
-    def clip(self, path: Path, sample: Sample, size: int) -> ClipFrames:
+    def clip(self, path: Path, sample: Sample, size: int, leaving: Leaving) -> ClipFrames:
         self.samples.append((path, sample, size))
         self.num_open += 1
-        return _NotedFrames(self, LOCAL.clip(path, sample, size))
+        return _NotedFrames(self, LOCAL.clip(path, sample, size, leaving))
 
 
 class _NotedFrames:

@@ -20,12 +20,13 @@ from ppllava_engines.errors import (
     DataError,
     MediaError,
     NotFoundError,
+    SandboxError,
     StorageError,
-    UnavailableError,
     UsageError,
 )
 from ppllava_runtime import Assistant
 from ppllava_runtime.choosing import Sample, choose_frames
+from ppllava_runtime.leaving import Leaving, Left
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.local import LOCAL
 from ppllava_runtime.sandbox import Sandbox
@@ -56,7 +57,7 @@ def long_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(opener: Opener, path: Path, sample: Sample) -> tuple[list[Shown], ClipInfo]:
-    with closing(opener.clip(path, sample, SIZE)) as frames:
+    with closing(opener.clip(path, sample, SIZE, Leaving())) as frames:
         shown = list(frames)
         assert frames.num_rows == len({row for rows, _, _ in shown for row in rows})
         return shown, frames.info
@@ -80,6 +81,15 @@ def forks(sandbox: Sandbox) -> list[int]:
     assert zygote is not None
     pid = zygote._process.pid
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def fork_of(sandbox: Sandbox) -> int:
+    """The one that decodes, when those before it have been buried."""
+    until = time.monotonic() + 10
+    while len(found := forks(sandbox)) != 1:
+        assert time.monotonic() < until
+        os.sched_yield()
+    return found[0]
 
 
 def ended(pid: int, seconds: float = 10.0) -> bool:
@@ -130,7 +140,7 @@ class TestAGoodFile:
             options |= {"save_all": True, "append_images": [picture]}
         path = tmp_path / "picture"
         picture.save(path, **options)
-        found, expected = sandbox.still(path), LOCAL.still(path)
+        found, expected = sandbox.still(path, Leaving()), LOCAL.still(path, Leaving())
         assert found is not None
         assert expected is not None
         np.testing.assert_array_equal(found[0], expected[0])
@@ -138,7 +148,7 @@ class TestAGoodFile:
         assert (format == "TIFF") == (found[1] is not None)
 
     def test_that_is_a_video_is_no_picture(self, sandbox: Sandbox, clip: Path) -> None:
-        assert sandbox.still(clip) is None
+        assert sandbox.still(clip, Leaving()) is None
 
     def test_is_seen_by_an_assistant_as_without(
         self, sandbox: Sandbox, bundle: Path, clip: Path
@@ -175,14 +185,14 @@ class TestAFileThatIsNone:
         pipe, missing = tmp_path / "pipe", tmp_path / "missing"
         os.mkfifo(pipe)
         with pytest.raises(NotFoundError, match=r"image .*missing: no such file"):
-            sandbox.still(missing)
+            sandbox.still(missing, Leaving())
         with pytest.raises(NotFoundError, match=r"video .*missing: no such file"):
             taken(sandbox, missing, Sample(1))
         for path in (tmp_path, pipe):
             with pytest.raises(DataError, match="not a file"):
-                sandbox.still(path)
+                sandbox.still(path, Leaving())
         with pytest.raises(StorageError, match="cannot be opened"):
-            sandbox.still(tmp_path / ("n" * 300))
+            sandbox.still(tmp_path / ("n" * 300), Leaving())
 
     def test_that_has_no_pictures_is_a_media_error(self, sandbox: Sandbox, tmp_path: Path) -> None:
         sound = write_audio(tmp_path / "sound.m4a")
@@ -199,9 +209,9 @@ class TestAFileThatIsNone:
 
 class TestAProcess:
     def test_that_decodes_may_do_nothing_else(self, sandbox: Sandbox, long_clip: Path) -> None:
-        with closing(sandbox.clip(long_clip, Sample(40), 512)) as frames:
+        with closing(sandbox.clip(long_clip, Sample(40), 512, Leaving())) as frames:
             next(iter(frames))
-            (pid,) = forks(sandbox)
+            pid = fork_of(sandbox)
             status = dict(
                 line.split(":\t", 1)
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -229,23 +239,37 @@ class TestAProcess:
         assert b"HOME=" not in environment
 
     def test_ends_when_nobody_wants_more(self, sandbox: Sandbox, long_clip: Path) -> None:
-        frames = sandbox.clip(long_clip, Sample(40), 512)
+        frames = sandbox.clip(long_clip, Sample(40), 512, Leaving())
         next(iter(frames))
-        (pid,) = forks(sandbox)
+        pid = fork_of(sandbox)
         frames.close()
         assert ended(pid)
-        with closing(sandbox.clip(long_clip, Sample(4), 512)):
+        with closing(sandbox.clip(long_clip, Sample(4), 512, Leaving())):
             pass  # none was taken
         assert forks(sandbox) == []
+
+    def test_ends_when_who_waits_for_it_leaves(self, sandbox: Sandbox, long_clip: Path) -> None:
+        broken, leaving = sandbox.num_broken, Leaving()
+        with closing(sandbox.clip(long_clip, Sample(40), 512, leaving)) as frames:
+            shown = iter(frames)
+            next(shown)
+            pid = fork_of(sandbox)
+            os.kill(pid, signal.SIGSTOP)  # it takes its time
+            leaving.leave()
+            leaving.end()
+            with pytest.raises(Left):
+                list(shown)
+        assert ended(pid)
+        assert sandbox.num_broken == broken
 
     def test_that_breaks_costs_one_file(
         self, sandbox: Sandbox, long_clip: Path, clip: Path
     ) -> None:
         broken = sandbox.num_broken
-        with closing(sandbox.clip(long_clip, Sample(40), 512)) as frames:
+        with closing(sandbox.clip(long_clip, Sample(40), 512, Leaving())) as frames:
             shown = iter(frames)
             next(shown)
-            (pid,) = forks(sandbox)
+            pid = fork_of(sandbox)
             other, _ = taken(sandbox, clip, Sample(3))
             os.kill(pid, signal.SIGSEGV)
             with pytest.raises(MediaError, match=r"video .*: it broke its decoder \(SIGSEGV\)"):
@@ -256,14 +280,15 @@ class TestAProcess:
 
     def test_that_forks_is_started_again(self, long_clip: Path, clip: Path) -> None:
         with Sandbox() as sandbox:
-            frames = sandbox.clip(long_clip, Sample(40), 512)
+            frames = sandbox.clip(long_clip, Sample(40), 512, Leaving())
             next(iter(frames))
-            (pid,) = forks(sandbox)
+            pid = fork_of(sandbox)
             assert sandbox._zygote is not None
             os.kill(sandbox._zygote._process.pid, signal.SIGKILL)
             assert ended(pid), "a process survives the one that made it"
-            with closing(frames), pytest.raises(MediaError, match="was ended from outside"):
+            with closing(frames), pytest.raises(SandboxError, match="was ended from outside"):
                 list(frames)
+            assert sandbox.num_broken == 0
             assert_the_same(sandbox, clip, Sample(3))
 
     def test_that_forks_does_not_mind_what_ends_others(self, clip: Path) -> None:
@@ -277,7 +302,7 @@ class TestAProcess:
 
     def test_ends_with_the_sandbox(self, long_clip: Path) -> None:
         sandbox = Sandbox()
-        frames = sandbox.clip(long_clip, Sample(40), 512)  # which starts it
+        frames = sandbox.clip(long_clip, Sample(40), 512, Leaving())  # which starts it
         next(iter(frames))
         pids = forks(sandbox)
         assert sandbox._zygote is not None
@@ -285,10 +310,10 @@ class TestAProcess:
         sandbox.close()
         sandbox.close()
         assert all(ended(pid) for pid in pids)
-        with closing(frames), pytest.raises(MediaError, match="was ended from outside"):
+        with closing(frames), pytest.raises(SandboxError, match="was ended from outside"):
             list(frames)
         with pytest.raises(UsageError, match="the sandbox was closed"):
-            sandbox.still(long_clip)
+            sandbox.still(long_clip, Leaving())
 
 
 def test_a_sandbox_that_does_not_start_says_so(
@@ -296,6 +321,9 @@ def test_a_sandbox_that_does_not_start_says_so(
 ) -> None:
     monkeypatch.setattr("sys.path", ["/nowhere"])
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(UnavailableError, match=r"did not start \(exit code 1\)"):
+    with pytest.raises(SandboxError, match=r"did not start \(exit code 1\)"):
+        Sandbox(MediaLimits()).start()
+    monkeypatch.setattr("sys.executable", "/nowhere")
+    with pytest.raises(SandboxError, match=r"cannot be started .*/nowhere"):
         Sandbox(MediaLimits()).start()
     assert capfd.readouterr().out == ""

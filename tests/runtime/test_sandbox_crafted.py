@@ -18,6 +18,7 @@ import pytest
 from crafted import jpeg_claiming, vp9_claiming, write_h264, write_long, write_png
 from ppllava_engines.errors import MediaError
 from ppllava_runtime.choosing import Sample
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.local import LOCAL
 from ppllava_runtime.sandbox import Sandbox
@@ -91,9 +92,9 @@ class Watch:
 
 def decoded(opener: Opener, path: Path, num_frames: int = 4) -> int:
     """How many pictures come of a file."""
-    if opener.still(path) is not None:
+    if opener.still(path, Leaving()) is not None:
         return 1
-    with closing(opener.clip(path, Sample(num_frames), 56)) as frames:
+    with closing(opener.clip(path, Sample(num_frames), 56, Leaving())) as frames:
         return len({row for rows, _, _ in frames for row in rows})
 
 
@@ -209,7 +210,7 @@ def test_another_size_on_the_way_is_as_it_is_here(sandbox: Sandbox, tmp_path: Pa
         path = write_h264(tmp_path / f"clip{suffix}", [SMALL, (96, 64)], SMALL)
         shown: list[list[bytes]] = []
         for opener in (sandbox, LOCAL):
-            with closing(opener.clip(path, Sample(6), 56)) as frames:
+            with closing(opener.clip(path, Sample(6), 56, Leaving())) as frames:
                 shown.append([square.tobytes() for _, square, _ in frames])
         assert len(shown[0]) >= 6
         assert shown[0] == shown[1]
@@ -223,7 +224,7 @@ def hour(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestAVeryLong:
     def test_video_is_decoded(self, sandbox: Sandbox, hour: Path) -> None:
-        with closing(sandbox.clip(hour, Sample(4, None, 0, 60), 56)) as frames:
+        with closing(sandbox.clip(hour, Sample(4, None, 0, 60), 56, Leaving())) as frames:
             assert len(list(frames)) == 4
             assert frames.info.num_frames == 216_000
         assert sandbox.peak_bytes <= MOST_MEMORY
@@ -244,7 +245,7 @@ class TestAVeryLong:
     ) -> None:
         with (
             Sandbox(limits) as sandbox,
-            closing(sandbox.clip(hour, Sample(4), 56)) as frames,
+            closing(sandbox.clip(hour, Sample(4), 56, Leaving())) as frames,
             pytest.raises(MediaError, match=reason),
         ):
             list(frames)

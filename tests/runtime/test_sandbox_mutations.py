@@ -12,6 +12,7 @@ import numpy as np
 
 from mutations import NUM_FRAMES, SIZE, decode_all, sound_pictures, sound_videos
 from ppllava_runtime.choosing import Sample
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.local import LOCAL
 from ppllava_runtime.sandbox import Sandbox
 
@@ -21,7 +22,7 @@ MOST_MEMORY = 512 << 20
 
 
 def frames_of(opener: Sandbox | None, path: Path) -> list[bytes]:
-    frames = (opener or LOCAL).clip(path, Sample(NUM_FRAMES), SIZE)
+    frames = (opener or LOCAL).clip(path, Sample(NUM_FRAMES), SIZE, Leaving())
     try:
         return [np.asarray(square).tobytes() for _, square, _ in frames]
     finally:

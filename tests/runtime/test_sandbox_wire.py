@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppllava_engines.errors import MediaError, UsageError
+from ppllava_engines.errors import MediaError, SandboxError, UsageError
 from ppllava_runtime.choosing import Sample
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.sandbox import Sandbox
 from ppllava_runtime.sandbox_process import Run, Tally
 from ppllava_runtime.sandbox_wire import Done, Ended, Failed, Frame, Job, Still, packed, send
 
 SIZE, ROWS = 8, 2
-LIMITS = MediaLimits(num_pixels=100, num_frames=50, wall_seconds=5)
+LIMITS = MediaLimits(num_pixels=100, num_frames=50, wall_seconds=60)
 PIXELS = bytes(SIZE * SIZE * 3)
 FRAMES = [Frame((0,), ROWS, 2, 3), Frame((1,), ROWS, 2, 3)]
 DONE = Done((0.0, 0.5), (0, 1), 2, 2, 2.0, None)
@@ -41,13 +42,13 @@ class Impostor(Sandbox):
         self._how = ended
         self.threads: list[Thread] = []
 
-    def begin(self, kind: str, job: Job) -> Run:
+    def begin(self, kind: str, job: Job, leaving: Leaving) -> Run:
         data, its_data = socketpair()
         status, its_status = socketpair()
         thread = Thread(target=self._speak, args=(its_data, its_status))
         thread.start()
         self.threads.append(thread)
-        return Run(LIMITS, Tally(), f"{kind} {job.path}", data, status)
+        return Run(LIMITS, Tally(), f"{kind} {job.path}", leaving, data, status)
 
     def _speak(self, data: socket, status: socket) -> None:
         with data, status:
@@ -91,7 +92,7 @@ def shown(frame: Frame) -> tuple[Any, ...]:
 def watch(says: bytes, ended: Ended | None = None) -> list[Any]:
     sandbox = Impostor(says, ended)
     try:
-        with closing(sandbox.clip(Path("a.mp4"), Sample(ROWS), SIZE)) as frames:
+        with closing(sandbox.clip(Path("a.mp4"), Sample(ROWS), SIZE, Leaving())) as frames:
             return [*frames, frames.info]
     finally:
         for thread in sandbox.threads:
@@ -101,7 +102,7 @@ def watch(says: bytes, ended: Ended | None = None) -> list[Any]:
 def look(says: bytes) -> Any:
     sandbox = Impostor(says)
     try:
-        return sandbox.still(Path("a.png"))
+        return sandbox.still(Path("a.png"), Leaving())
     finally:
         for thread in sandbox.threads:
             thread.join()
@@ -207,8 +208,26 @@ def test_a_picture_that_is_too_large_is_refused(still: Still) -> None:
 def test_less_than_was_announced_is_refused() -> None:
     everything = said(*map(shown, FRAMES), (DONE,))
     for length in range(0, len(everything), 37):
-        with pytest.raises(MediaError, match="was ended from outside"):
-            watch(everything[:length])
+        with pytest.raises(MediaError, match=r"it broke its decoder \(exit code 0\)"):
+            watch(everything[:length], Ended(0, 0, 0, 0.0))
+
+
+def test_no_file_is_blamed_when_nobody_says_how_its_process_ended() -> None:
+    with pytest.raises(SandboxError, match=r"video a\.mp4: .* was ended from outside"):
+        watch(b"")
+
+
+def test_a_process_that_says_no_more_and_does_not_end_is_to_blame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ppllava_runtime.sandbox_process._END_SECONDS", 0.01)
+    (data, its_data), (status, its_status) = socketpair(), socketpair()
+    tally = Tally()
+    with its_status, closing(Run(LIMITS, tally, "video a.mp4", Leaving(), data, status)) as run:
+        its_data.close()
+        with pytest.raises(MediaError, match="it says no more and does not end"):
+            run.take(Done)
+    assert tally.num_broken == 1
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from ppllava_engines.errors import MediaError
 from ppllava_runtime import seccomp
 from ppllava_runtime.choosing import Sample
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.limits import MediaLimits
 from ppllava_runtime.sandbox import Sandbox
 from ppllava_runtime.sandbox_wire import Failed, Job
@@ -71,7 +72,7 @@ def run(sandbox: Sandbox, folder: Path, program: str) -> str:
     path = folder / "program"
     path.write_text(dedent(program))
     with pytest.raises(MediaError) as caught:
-        sandbox.still(path)
+        sandbox.still(path, Leaving())
     return str(caught.value)
 
 
@@ -183,7 +184,7 @@ class TestWithoutAFilter:
             "while True: signal.pause()\n"
         )
         job = Job(str(path), "still", Sample(), 0, unfiltered.limits)
-        with closing(unfiltered.begin("image", job)) as process:
+        with closing(unfiltered.begin("image", job, Leaving())) as process:
             # Not `take`, which would wait for its end.
             length = int.from_bytes(process._exactly(4), "big")
             said = bytes(process._exactly(length)).decode()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ppllava_engines.bundle import Bundle, ModelSpec
 from ppllava_engines.errors import DataError, UsageError
 from ppllava_runtime.answer import Stopwatch
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.local import LOCAL, ahead
 from ppllava_runtime.memory import thumbnails
 from ppllava_runtime.preprocess import pixel_values
@@ -68,7 +69,7 @@ def watch(
     **rest: Any,
 ) -> Seen[Notes]:
     return watch_clip(
-        LOCAL.clip(path, Sample(num_frames, None, start, end), model.image_size),
+        LOCAL.clip(path, Sample(num_frames, None, start, end), model.image_size, Leaving()),
         recorder_of=lambda count, coupled: Notes(model, count, coupled, run),
         model=model,
         stopwatch=rest.pop("stopwatch", Stopwatch()),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from contextlib import suppress
 
+import httpx2
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from ppllava_runtime.server.admission import Admission
 from ppllava_runtime.server.errors import ApiError
+from server_process import Serve
 
 
 async def settle() -> None:
@@ -105,6 +110,31 @@ def test_how_long_to_stay_away_follows_the_service_times() -> None:
     assert asyncio.run(run(0.01)) == 1.0
     assert asyncio.run(run(20.0)) == pytest.approx(10.0, rel=0.01)
     assert asyncio.run(run(1e6)) == 60.0
+
+
+def test_no_slots_are_a_refusal_that_no_repetition_changes() -> None:
+    async def run() -> ApiError:
+        with pytest.raises(ApiError, match="live sessions are switched off") as refused:
+            async with Admission(0, 0, "live sessions").slot():
+                pass
+        return refused.value
+
+    told = asyncio.run(run())
+    assert (told.status, told.code, told.headers) == (403, "switched_off", {})
+
+
+def test_a_server_without_live_sessions_says_so(serve: Serve) -> None:
+    server = serve("--live", 0)
+    with connect(f"ws://127.0.0.1:{server.port}/v1/video/chat/stream") as socket:
+        told = json.loads(socket.recv(20))
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(20)
+    assert (told["type"], told["code"]) == ("error", "switched_off")
+    assert "live sessions are switched off on this server" in told["message"]
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1013
+    assert httpx2.get(f"{server.url}/v1/models").status_code == 200
+    assert server.log.read_text() == ""
 
 
 @pytest.mark.parametrize("seed", range(5))

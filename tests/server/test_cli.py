@@ -57,6 +57,12 @@ def test_the_loopback_needs_no_key(host: str, monkeypatch: pytest.MonkeyPatch) -
     assert (options.host, settings.api_keys) == (host, ())
 
 
+def test_another_address_of_the_loopback_is_answered(serve: Serve) -> None:
+    server = serve("--host", "127.0.0.2")
+    assert server.url == f"http://127.0.0.2:{server.port}"
+    assert httpx2.get(f"{server.url}/v1/models").status_code == 200
+
+
 def test_with_keys_any_address_is_listened_on(serve: Serve) -> None:
     server = serve("--host", "0.0.0.0", env={cli.KEYS_VARIABLE: f"{KEY} {KEY}2"}, key=KEY)
     assert httpx2.get(f"http://127.0.0.1:{server.port}/v1/models").status_code == 401

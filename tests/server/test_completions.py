@@ -14,7 +14,8 @@ import pytest
 
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.asking import DEFAULT_MAX_NEW_TOKENS
-from ppllava_runtime.server.answering import Check, aside, in_thread
+from ppllava_runtime.leaving import Leaving
+from ppllava_runtime.server.answering import aside, in_thread
 from ppllava_runtime.server.asked import Asked, Item, read_asked
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.media import Remembered, Uuids
@@ -177,7 +178,7 @@ def test_events_are_lines_of_data_up_to_the_last(server: Served) -> None:
 def test_a_thread_puts_its_items_in_order() -> None:
     found: list[int] = []
 
-    def produce(_: Check) -> Generator[int, None, None]:
+    def produce(_: Leaving) -> Generator[int, None, None]:
         yield from range(100)
 
     with ThreadPoolExecutor(1) as threads:
@@ -186,7 +187,7 @@ def test_a_thread_puts_its_items_in_order() -> None:
 
 
 def test_what_a_thread_raises_is_raised() -> None:
-    def produce(_: Check) -> Generator[int, None, None]:
+    def produce(_: Leaving) -> Generator[int, None, None]:
         yield 1
         raise UsageError("stop is empty")
 
@@ -199,13 +200,13 @@ def test_what_a_thread_raises_is_raised() -> None:
 def test_a_thread_that_nobody_waits_for_ends_before_that_is_told() -> None:
     began, left, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def produce(check: Check) -> Generator[int, None, None]:
-        check.on_leaving(left.set)
+    def produce(leaving: Leaving) -> Generator[int, None, None]:
         try:
-            yield 1
-            began.set()
-            assert left.wait(SECONDS)
-            yield 2
+            with leaving.ending(left.set):
+                yield 1
+                began.set()
+                assert left.wait(SECONDS)
+                yield 2
         finally:
             ended.set()
 
@@ -226,10 +227,20 @@ def test_a_thread_that_nobody_waits_for_ends_before_that_is_told() -> None:
 
 
 def test_who_leaves_before_it_is_asked_for_is_known_at_once() -> None:
-    check, ended = Check(), threading.Event()
-    check.leave()
-    check.on_leaving(ended.set)
-    assert ended.is_set()
+    leaving, ended = Leaving(), threading.Event()
+    leaving.leave()
+    with leaving.ending(ended.set):
+        assert ended.is_set()
+
+
+def test_only_what_is_under_way_is_ended() -> None:
+    leaving, before, now = Leaving(), threading.Event(), threading.Event()
+    with leaving.ending(before.set):
+        pass
+    with leaving.ending(now.set):
+        leaving.leave()
+        leaving.end()
+    assert (before.is_set(), now.is_set()) == (False, True)
 
 
 @pytest.mark.parametrize("size", [1 << 10, 1 << 20])
@@ -268,7 +279,7 @@ def test_a_name_stands_for_content_that_is_left_out(part: dict[str, object]) -> 
 
 
 def test_names_are_lost_by_who_gave_most() -> None:
-    uuids, remembered = Uuids(6), Remembered("key", ())
+    uuids, remembered = Uuids(6), Remembered("key", b"", ())
 
     def named(name: str) -> list[Item]:
         return [Item("image", None, name, "messages[0].content[0]")]

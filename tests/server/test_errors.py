@@ -16,6 +16,7 @@ from ppllava_engines.errors import (
     MediaError,
     NotFoundError,
     PPLLaVAError,
+    SandboxError,
     StorageError,
     UnavailableError,
     UsageError,
@@ -63,6 +64,20 @@ def test_what_is_the_servers_own_fault_is_told_to_its_log_alone(
     assert record.exc_info is not None
     assert record.exc_info[1] is error
     assert "raise error" in caplog.text
+
+
+def test_what_cannot_decode_is_the_servers_own_fault_and_may_be_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    error = SandboxError("video /secret: the process that decodes it was ended from outside")
+    with caplog.at_level(logging.ERROR, "ppllava.server"):
+        told = ApiError.of(error)
+    assert (told.status, told.type, told.code) == (503, "server_error", "decoder_unavailable")
+    assert int(told.headers["retry-after"]) > 0
+    assert "secret" not in told.message
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
 
 
 def test_a_failure_for_clients_is_told_as_it_is() -> None:

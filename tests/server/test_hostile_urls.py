@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from errno import EADDRINUSE
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -81,8 +82,15 @@ async def redirect(head: str, _: asyncio.StreamReader, writer: asyncio.StreamWri
 async def here(roots: Iterable[Path] = ()) -> AsyncIterator[Here]:
     async with AsyncExitStack() as stack:
         good = saying(answer(b"secret"))
-        first = await stack.enter_async_context(listening(good))
-        second = await stack.enter_async_context(listening(good, "::1", port=first.port))
+        for tries_left in reversed(range(20)):
+            first = await stack.enter_async_context(listening(good))
+            try:
+                canary = listening(good, "::1", port=first.port)
+                second = await stack.enter_async_context(canary)
+                break
+            except OSError as error:  # what is free at one address may be taken at the other
+                if error.errno != EADDRINUSE or not tries_left:
+                    raise
         guide = await stack.enter_async_context(listening(redirect))
         yield Here((first, second), guide, roots)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -120,7 +122,12 @@ def words(service: Service) -> float:
     return next(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-async def left(app: Starlette, client: Client, begun: Callable[[], bool]) -> None:
+async def left(
+    app: Starlette,
+    client: Client,
+    begun: Callable[[], bool],
+    has_left: Callable[[], None] = lambda: None,
+) -> None:
     """Nothing, once a client has left an answer that had begun, and all is as if it never came."""
     service: Service = app.state.service
     asking = asyncio.ensure_future(client.ask())
@@ -129,6 +136,7 @@ async def left(app: Starlette, client: Client, begun: Callable[[], bool]) -> Non
     with held(service.assistant.lane):
         client.leave()
         await asyncio.sleep(0)
+    has_left()
     await asyncio.wait_for(asking, SECONDS)
     assert service.admission.num_held == 0
     assert service.spool.num_bytes == 0
@@ -146,14 +154,27 @@ def run(bundle: Path, folder: Path, scenario: Callable[[Starlette], Any]) -> Non
     asyncio.run(live())
 
 
-def test_a_stream_that_is_left_ends_at_its_next_step(bundle: Path, tmp_path: Path) -> None:
+def test_a_stream_that_is_left_ends_at_its_next_step(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(app: Starlette) -> None:
         service: Service = app.state.service
         whole = Client(app, max_tokens=2000)
         await asyncio.wait_for(whole.ask(), SECONDS)
-        length = words(service)
+        length, gone = words(service), threading.Event()
+        decoder = service.assistant.decoder
+        generate = decoder.generate
+
+        def pausing(*arguments: Any) -> Any:  # else it may be through before anybody can leave
+            ids = generate(*arguments)
+            for _ in range(20):
+                yield next(ids)
+            assert gone.wait(SECONDS)
+            return (yield from ids)
+
+        monkeypatch.setattr(decoder, "generate", pausing)
         client = Client(app, max_tokens=2000, stream=True)
-        await left(app, client, client.spoken.is_set)
+        await left(app, client, client.spoken.is_set, gone.set)
         assert words(service) - length < length
         assert not any(b"[DONE]" in message.get("body", b"") for message in client.sent)
 
@@ -174,6 +195,33 @@ def test_an_answer_that_is_left_while_it_waits_for_the_device(bundle: Path, tmp_
         assert app.state.service.admission.num_held == 0
         assert words(app.state.service) == 0
         assert client.sent == []
+
+    run(bundle, tmp_path, scenario)
+
+
+def test_a_file_that_is_decoded_for_nobody_keeps_no_slot(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(app: Starlette) -> None:
+        service: Service = app.state.service
+        begin, begun = service.sandbox.begin, threading.Event()
+        assert service.sandbox._zygote is not None
+        decoding = service.sandbox._zygote._process.pid
+
+        def beginning(*arguments: Any) -> Any:
+            run = begin(*arguments)
+            begun.set()
+            return run
+
+        monkeypatch.setattr(service.sandbox, "begin", beginning)
+        os.kill(decoding, signal.SIGSTOP)  # so that nothing ever comes of the file
+        try:
+            await left(app, Client(app), begun.is_set)
+        finally:
+            os.kill(decoding, signal.SIGCONT)
+        other = Client(app, max_tokens=1)
+        await asyncio.wait_for(other.ask(), SECONDS)
+        assert other.sent[0]["status"] == 200
 
     run(bundle, tmp_path, scenario)
 
@@ -236,7 +284,7 @@ def test_others_are_answered_while_a_large_body_is_read(
 
         def reading(body: bytes, content_type: str) -> ChatCompletionRequest:
             loop.call_soon_threadsafe(answered.set)
-            others.append(answered.wait(SECONDS / 4))
+            others.append(answered.wait(SECONDS))
             return read_request(body, content_type)
 
         monkeypatch.setattr(completions, "read_request", reading)
@@ -277,6 +325,7 @@ def test_leaving_waits_for_no_files(bundle: Path, tmp_path: Path) -> None:
 def test_a_load_that_is_called_off_has_not_failed(bundle: Path, tmp_path: Path) -> None:
     async def live() -> None:
         service: Service = create_app(bundle, Settings(spool=tmp_path), threads=1).state.service
+        service.sandbox.start()  # which takes as long as it takes
         with held(service.assistant.lane):
             service.loading = asyncio.create_task(service.load())
             await until(lambda: service.assistant.lane.num_waiting > 0)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ppllava_runtime.leaving import Leaving, Left
 from ppllava_runtime.live import LiveVideo
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.live_messages import Config, SentFrame
@@ -47,10 +49,10 @@ def test_drops_what_comes_too_fast(service: Service, monkeypatch: pytest.MonkeyP
     decoding, begun, go_on = service.assistant.decoding, Event(), Event()
     still = decoding.still
 
-    def slow(path: Path) -> Any:
+    def slow(path: Path, leaving: Leaving) -> Any:
         begun.set()
         assert go_on.wait(20)
-        return still(path)
+        return still(path, leaving)
 
     monkeypatch.setattr(decoding, "still", slow)
     window = LiveWindow(service, LiveVideo(service.assistant, 4, 2), lambda _: None)
@@ -60,12 +62,39 @@ def test_drops_what_comes_too_fast(service: Service, monkeypatch: pytest.MonkeyP
         for number in range(1, 30):
             window.put(frame(number))
         go_on.set()
-        window.settle()
+        window.settle(Leaving())
         counts = window.counts()
     finally:
         go_on.set()
         window.close()
     assert (counts.received, counts.dropped, counts.kept) == (30, 28, 2)
+
+
+def test_who_asks_may_leave_while_a_frame_is_looked_at(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, begun, go_on = service.assistant.decoding, Event(), Event()
+    still = decoding.still
+
+    def slow(path: Path, leaving: Leaving) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return still(path, leaving)
+
+    monkeypatch.setattr(decoding, "still", slow)
+    window, leaving = LiveWindow(service, LiveVideo(service.assistant, 4, 2), print), Leaving()
+    try:
+        window.put(frame(0))
+        assert begun.wait(20)
+        with ThreadPoolExecutor(1) as pool:
+            settling = pool.submit(window.settle, leaving)
+            leaving.leave()
+            leaving.end()
+            with pytest.raises(Left):
+                settling.result(20)
+    finally:
+        go_on.set()
+        window.close()
 
 
 def test_a_full_disk_costs_frames_and_not_the_session(service: Service) -> None:
@@ -75,12 +104,12 @@ def test_a_full_disk_costs_frames_and_not_the_session(service: Service) -> None:
     try:
         shutil.rmtree(folder)
         window.put(frame(0))
-        window.settle()
+        window.settle(Leaving())
         assert [error.code for error in told] == ["internal_error"]
         assert not window.has_ended
         folder.mkdir()
         window.put(frame(1))
-        window.settle()
+        window.settle(Leaving())
         counts = window.counts()
     finally:
         window.close()
@@ -90,7 +119,7 @@ def test_a_full_disk_costs_frames_and_not_the_session(service: Service) -> None:
 def test_says_that_frames_are_looked_at_no_more(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(_: Path) -> Any:
+    def breaks(_path: Path, _leaving: Leaving) -> Any:
         raise ValueError("it is broken")
 
     monkeypatch.setattr(service.assistant.decoding, "still", breaks)
@@ -98,7 +127,7 @@ def test_says_that_frames_are_looked_at_no_more(
     try:
         window.put(frame(0))
         with pytest.raises(ValueError, match="it is broken"):
-            window.settle()
+            window.settle(Leaving())
         with pytest.raises(ValueError, match="it is broken"):
             window.check()
     finally:

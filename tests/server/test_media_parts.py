@@ -195,6 +195,29 @@ def test_pictures_are_known_again_by_all_their_uuids(ask: Ask) -> None:
     assert "all or none" in refused(ask(named[0], image(6, uuid="right")))["message"]
 
 
+def test_the_same_is_told_of_what_is_known_again(ask: Ask, video: str) -> None:
+    file = io.BytesIO()
+    pages = [Image.new("RGB", (24, 16), (colour, 90, 40)) for colour in (0, 50)]
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    url = data_url(file.getvalue(), "image/tiff")
+    first = told(ask(image(3, uuid="whole"), image(uuid="pages") | {"image_url": {"url": url}}))
+    named = [{"type": "image_url", "uuid": name} for name in ("whole", "pages")]
+    assert told(ask(*named))["media"] == first["media"]
+    damages = [seen["damage"] for seen in first["media"]]
+    assert damages[0] is None
+    assert damages[1].startswith("image messages[0].content[1]: only the first of its 2 pictures")
+    for part, content in (
+        ({"type": "video_url", "num_frames": 3}, {"video_url": {"url": video}}),
+        ({"type": "video", "fps": 4}, {"frames": [url, data_url(png(9), "image/png")]}),
+    ):
+        part["uuid"] = "told again"
+        (seen,) = told(ask(part | content))["media"]
+        again = told(ask(part))
+        assert (again["cached"], again["media"]) == (True, [seen])
+        assert (seen["kind"], seen["uuid"]) == ("video", "told again")
+        assert seen["timestamps"]
+
+
 def test_another_sampling_is_not_remembered(ask: Ask, video: str) -> None:
     def part(url: str | None, num_frames: int) -> dict[str, Any]:
         inside = {"url": url, "uuid": "sampled", "num_frames": num_frames}

@@ -179,6 +179,16 @@ def test_a_socket_that_is_refused_is_counted(quiet: Served) -> None:
     assert after["ppllava_requests_total{route=/v1/video/chat/stream,status=403}"] == 1
 
 
+def test_a_socket_to_nowhere_is_counted(quiet: Served) -> None:
+    before = scraped(quiet)
+    for number in range(2):
+        with pytest.raises(InvalidStatus), connect(f"ws://127.0.0.1:{quiet.port}/v2/{number}"):
+            pass
+    after = moved(quiet, before)
+    assert after["ppllava_requests_total{route=other,status=404}"] == 2
+    assert not any("v2" in name for name in after)
+
+
 def test_names_of_others_making_are_not_kept(quiet: Served) -> None:
     before = scraped(quiet)
     for number in range(5):

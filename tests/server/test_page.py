@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 from chromium import Visit, chromium, visit
 from ppllava_runtime.server.page import CONTENT_SECURITY_POLICY, read_assets
 from server_process import Served
+from tiny_videos import numbered_frames
 
 VIDEO = Path(__file__).parents[2] / "examples" / "tiny_world" / "sample.mp4"
 
@@ -182,6 +183,33 @@ def test_a_keyboard_is_enough(open_page: Visit) -> None:
     assert times[1]
 
 
+def test_a_keyboard_goes_on_where_a_button_hides_itself(open_page: Visit) -> None:
+    page = open_page.page
+    ask, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Ask", "Stop"))
+    question = page.locator("#question")
+    page.set_input_files("#files", VIDEO)
+    page.route("**/v1/chat/completions", lambda _: None)
+    question.fill("What is it?")
+    ask.press("Enter")
+    expect(stop).to_be_focused()
+    stop.press("Enter")
+    expect(question).to_be_focused()
+    page.unroute_all()
+    question.fill("What is it?")
+    ask.press("Enter")
+    page.locator(".turn .cost").wait_for()
+    expect(question).to_be_focused()
+    page.set_input_files("#files", [VIDEO, VIDEO])
+    page.get_by_role("button", name="Dismiss").press("Enter")
+    expect(question).to_be_focused()
+    page.get_by_role("button", name="Other media").click()
+    page.get_by_role("button", name="Use the camera").click()
+    expect(page.locator("#live-note")).to_contain_text("sent")
+    open_page.ask("What is seen?")
+    page.get_by_role("button", name="Back to live").press("Enter")
+    expect(question).to_be_focused()
+
+
 def test_a_click_on_the_timeline_goes_there(open_page: Visit) -> None:
     page = open_page.page
     page.set_input_files("#files", VIDEO)
@@ -208,6 +236,33 @@ def test_pictures_are_gone_through_on_the_timeline(open_page: Visit, tmp_path: P
     expect(bars).to_have_attribute("aria-valuemax", "2")
     bars.press("End")
     expect(page.get_by_role("img", name="Picture 2 of 2")).to_be_visible()
+    open_page.ask("And now?")
+    assert open_page.fact(1)[1] == "0 frames encoded"
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "noun"),
+    [("a.gif", 6, "Frame"), ("a.png", 6, "Frame"), ("a.gif", 1, "Picture")],
+)
+def test_a_picture_may_move(
+    open_page: Visit, tmp_path: Path, name: str, count: int, noun: str
+) -> None:
+    from PIL import Image
+
+    page = open_page.page
+    first, *others = (Image.fromarray(frame) for frame in numbered_frames(count))
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=100)
+    page.set_input_files("#files", tmp_path / name)
+    open_page.ask("What is it?")
+    bars = page.get_by_role("slider", name=noun, exact=True)
+    sampled = int(open_page.fact(0)[0].split()[0])
+    assert (sampled > 1) is (count > 1)
+    expect(bars).to_have_attribute("aria-valuemax", str(sampled))
+    for key, one in (("Home", 1), ("End", sampled)):
+        bars.press(key)
+        expect(bars).to_have_attribute("aria-valuenow", str(one))
+        expect(page.get_by_role("img", name="Picture 1 of 1")).to_be_visible()
+        assert page.evaluate("picture.naturalWidth") == 96
     open_page.ask("And now?")
     assert open_page.fact(1)[1] == "0 frames encoded"
 

@@ -40,6 +40,14 @@ _LOOPBACK = IPv6Address("::1")
 _ISATAP = (0x5EFE, 0x02005EFE)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host can only be this machine: "localhost", or an address of the loopback."""
+    try:
+        return "%" not in host and ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or an address in another form than the usual one
+        return host == "localhost"
+
+
 def is_public(address: Address) -> bool:
     """Whether an address is somebody's in the public network, and can only be that."""
     if not address.is_global or address.is_multicast or address.is_reserved or carries(address):

@@ -18,7 +18,7 @@ class Admission:
     """Slots, given in the order in which they were asked for. It belongs to one event loop.
 
     Args:
-        num_slots: Holders at once.
+        num_slots: Holders at once; 0 refuses everybody.
         num_waiting: Who may wait for one; the next is refused at once.
         what: What a slot is for, in the sentence of a refusal.
         clock: Seconds, never going back.
@@ -61,7 +61,8 @@ class Admission:
         To cancel is allowed at any time, and leaves no slot behind.
 
         Raises:
-            ApiError: 429: all are taken and all places to wait too. 503: it was closed.
+            ApiError: 403: there are none. 429: all are taken and all places to wait too. 503: it
+                was closed.
         """
         await self._acquire()
         began = self._clock()
@@ -80,6 +81,13 @@ class Admission:
                 "another",
                 code="not_ready",
                 type="server_error",
+            )
+        if self.num_slots == 0:
+            raise ApiError(
+                403,
+                f"admission: {self._what} are switched off on this server: ask another, or start "
+                "it with 1 or more",
+                code="switched_off",
             )
         if self._num_held < self.num_slots:  # then nobody waits: a slot is handed on, not put back
             self._num_held += 1

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
-from threading import Lock
 from typing import TypeVar
+
+from ppllava_runtime.leaving import Leaving
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -15,50 +16,9 @@ Found = TypeVar("Found")
 _SMALL = 1 << 18  # bytes, whose reading takes about as long as handing them to a thread
 
 
-class Left(Exception):
-    """Nobody waits any more for what is being made."""
-
-
-class Check:
-    """Whether anybody still waits; to be called between any two steps, and as a `Progress`."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._has_left = False
-        self._ends: list[Callable[[], object]] = []
-
-    def __call__(self, *_: int) -> None:
-        """Passes where somebody waits.
-
-        Raises:
-            Left: Nobody does.
-        """
-        if self._has_left:
-            raise Left
-
-    def leave(self) -> None:
-        """From now on nobody waits; `end` is to be called then."""
-        with self._lock:
-            self._has_left = True
-
-    def end(self) -> None:
-        """Calls what is to be called when nobody waits, which may wait for the device."""
-        for end in self._ends:
-            end()
-
-    def on_leaving(self, end: Callable[[], object]) -> None:
-        """Has `end` called, from another thread, when nobody waits any more."""
-        with self._lock:
-            has_left = self._has_left
-            if not has_left:
-                self._ends.append(end)
-        if has_left:
-            end()
-
-
 async def in_thread(
     threads: Executor,
-    produce: Callable[[Check], Generator[Item, None, None]],
+    produce: Callable[[Leaving], Generator[Item, None, None]],
     put: Callable[[Item], object],
 ) -> None:
     """Nothing, once a thread has produced all items and each was `put` in the event loop.
@@ -74,25 +34,25 @@ async def in_thread(
     Raises:
         Exception: What `produce` raises.
     """
-    loop, check = asyncio.get_running_loop(), Check()
+    loop, leaving = asyncio.get_running_loop(), Leaving()
 
     def work() -> None:
-        with closing(produce(check)) as items:
+        with closing(produce(leaving)) as items:
             for item in items:
-                check()
+                leaving.check()
                 loop.call_soon_threadsafe(put, item)
 
     working = loop.run_in_executor(threads, work)
     try:
         await asyncio.wait([working])
     except asyncio.CancelledError:
-        check.leave()
+        leaving.leave()
         # In a thread of its own, as to end something may take until the device is free, and files
         # of others may keep all that are shared.
         own = ThreadPoolExecutor(1, "leaving")
-        leaving = loop.run_in_executor(own, check.end)
+        ending = loop.run_in_executor(own, leaving.end)
         own.shutdown(wait=False)
-        await settled(working, leaving)
+        await settled(working, ending)
         if not working.cancelled():
             working.exception()  # looked at, though nobody is to hear of it
         raise

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from ppllava_engines.memory_layout import MemoryKind
 from ppllava_runtime.server import metrics, page
@@ -30,6 +31,7 @@ from ppllava_runtime.server.protocol import HEADERS
 from ppllava_runtime.server.service import Service
 from ppllava_runtime.server.settings import Settings
 
+_STREAM = "/v1/video/chat/stream"
 _Names = tuple[tuple[re.Pattern[str], str], ...]
 
 
@@ -60,14 +62,15 @@ def create_app(
 
 def app_of(service: Service) -> Starlette:
     """The application around a service that is there."""
-    routes = _routes()
+    routes = _routes(service)
     names = tuple(
         (route.path_regex, route.path_format)
         for route in routes
         if isinstance(route, Route | WebSocketRoute)
     )
     app = Starlette(
-        routes=routes,
+        # The last one is not among the names: else it would be that of all that is nowhere.
+        routes=[*routes, WebSocketRoute("/{path:path}", _no_socket)],
         middleware=[
             Middleware(_Ledger, service=service, names=names),
             Middleware(Gate, service=service),
@@ -83,7 +86,8 @@ def app_of(service: Service) -> Starlette:
     return app
 
 
-def _routes() -> list[BaseRoute]:
+def _routes(service: Service) -> list[BaseRoute]:
+    document = openapi(service.model_id, needs_key=bool(service.settings.api_keys))
     return [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/models", _models, methods=["GET"]),
@@ -91,8 +95,8 @@ def _routes() -> list[BaseRoute]:
         Route("/health", _health, methods=["GET"]),
         Route("/health/ready", _ready, methods=["GET"]),
         Route("/metrics", _metrics, methods=["GET"]),
-        Route("/openapi.json", openapi, methods=["GET"]),
-        WebSocketRoute("/v1/video/chat/stream", live_socket),
+        Route("/openapi.json", document.answer, methods=["GET"]),
+        WebSocketRoute(_STREAM, live_socket),
         *page.page_routes(),
     ]
 
@@ -148,10 +152,20 @@ async def _metrics(request: Request) -> Response:
     return Response(shown, headers={"content-type": metrics.CONTENT_TYPE})
 
 
+async def _no_socket(websocket: WebSocket) -> None:
+    """What Starlette would refuse without a word."""
+    error = ApiError(
+        404,
+        f"route {websocket.scope['path']!r}: there is no WebSocket here, expected {_STREAM!r}",
+        code="not_found",
+    )
+    await error.response()(websocket.scope, websocket.receive, websocket.send)
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     """What Starlette refuses by itself, in OpenAI's words."""
     assert isinstance(error, HTTPException)
-    status, path = error.status_code, request.url.path
+    status, path = error.status_code, request.scope["path"]
     message = {
         404: f"route {path!r}: there is nothing here, expected one of those in /openapi.json",
         405: f"route {path!r}: {request.method} has no meaning here, see /openapi.json",
@@ -177,8 +191,15 @@ class _Ledger:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, has_begun = time.perf_counter(), False
+        began, has_begun, is_counted = time.perf_counter(), False, False
         status = 499  # nobody waited for the response
+
+        def count() -> None:
+            nonlocal is_counted
+            if not is_counted:
+                is_counted = True
+                told = scope.get("state", {}).get("refused", status)
+                self._metrics.responded(self._route(scope), told, time.perf_counter() - began)
 
         async def noting(message: Message) -> None:
             nonlocal has_begun, status
@@ -187,6 +208,8 @@ class _Ledger:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
+            elif not message.get("more_body", False):
+                count()  # before its last word, so that who has that finds it counted
             await send(message)
 
         try:
@@ -196,11 +219,10 @@ class _Ledger:
                 raise
             await ApiError.of(error).response()(scope, receive, noting)
         finally:
-            status = scope.get("state", {}).get("refused", status)
-            self._metrics.responded(self._route(scope), status, time.perf_counter() - began)
+            count()
 
     def _counting(self, scope: Scope, send: Send) -> Send:
-        """Counts how a WebSocket is answered: with a session, or not."""
+        """Counts how a WebSocket is answered: accepted, though maybe for no session, or not."""
 
         async def counting(message: Message) -> None:
             if message["type"] == "websocket.accept":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import ipaddress
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from ppllava_engines.errors import (
 )
 from ppllava_engines.memory_layout import MEMORY_KINDS
 from ppllava_runtime.limits import MediaLimits
+from ppllava_runtime.server.addresses import is_loopback
 from ppllava_runtime.server.settings import Settings
 
 KEYS_VARIABLE = "PPLLAVA_API_KEYS"
@@ -121,11 +121,7 @@ def _keys(path: Path | None) -> tuple[str, ...]:
 
 def _check_host(host: str, settings: Settings) -> None:
     """Refuses to be asked by everybody on a network."""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback and not settings.api_keys:
+    if not is_loopback(host) and not settings.api_keys:
         raise UsageError(
             f"--host {host}: without API keys only this machine may ask: give --api-keys FILE "
             f"(one a line) or ${KEYS_VARIABLE}, or leave --host out"

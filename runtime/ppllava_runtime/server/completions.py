@@ -18,7 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ppllava_runtime.server.answering import Check, aside, in_thread, settled
+from ppllava_runtime.leaving import Leaving
+from ppllava_runtime.server.answering import aside, in_thread, settled
 from ppllava_runtime.server.asked import Asked, read_asked
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.media import Media, gathered
@@ -126,35 +127,46 @@ class _Completion(Response):
             await settled(sending, listening, answering)
 
     async def _answer(self) -> None:
-        """Puts all events of the answer into the queue."""
+        """Puts all events of the answer into the queue; its end when the slot is free again."""
         service, asked = self._service, self._asked
+        ends: list[End] = []
+
+        def put(event: _Event) -> None:
+            if isinstance(event, End):  # who has all of an answer may ask again at once
+                ends.append(event)
+            else:
+                self._events.put_nowait(event)
+
         try:
             async with (
                 service.admission.slot(),
                 gathered(service, asked.items, self._tenant) as media,
             ):
                 await in_thread(
-                    service.threads, lambda check: self._work(media, check), self._events.put_nowait
+                    service.threads,
+                    lambda leaving: self._work(media, leaving),
+                    put,
                 )
+            self._events.put_nowait(ends.pop())
         except Exception as error:
             self._events.put_nowait(error)
 
-    def _work(self, media: Media, check: Check) -> Generator[_Event, None, None]:
+    def _work(self, media: Media, leaving: Leaving) -> Generator[_Event, None, None]:
         """Yields all events of the answer; in a thread."""
         service, asked = self._service, self._asked
-        check()
-        found = media.see(service, check)
+        leaving.check()
+        found = media.see(service, leaving)
         video, seen = (service.assistant, ()) if found is None else found
         conversation = video.converse(preface=asked.preface)
         for question, said in asked.turns:
-            check()
+            leaving.check()
             conversation.recall(question, said)
-        check()
+        leaving.check()
         answer = conversation.answer(asked.question, asked.options)
-        check.on_leaving(answer.close)  # pieces may be many ids apart
         try:
-            yield ""
-            yield from answer
+            with leaving.ending(answer.close):  # pieces may be many ids apart
+                yield ""
+                yield from answer
             extra = Extra.of(answer, seen, asked.relevance)
             if seen:
                 service.metrics.watched(cached=extra.cached)

@@ -16,6 +16,7 @@ from ppllava_engines.errors import (
     MediaError,
     NotFoundError,
     PPLLaVAError,
+    SandboxError,
     UnavailableError,
     UsageError,
 )
@@ -32,6 +33,8 @@ _CODES: tuple[tuple[type[PPLLaVAError], str], ...] = (
     (UnavailableError, "unsupported"),
 )
 _DETAILS_STAY_HERE = "the server failed to answer; its log says why"
+_NOT_THE_MEDIA = "the server cannot decode media at this moment; its log says why: send it again"
+_RETRY_SECONDS = 1.0  # by then another process decodes
 
 
 class ApiError(Exception):
@@ -72,6 +75,15 @@ class ApiError(Exception):
         """
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, SandboxError):
+            _LOGGER.error("media cannot be decoded", exc_info=error)
+            return ApiError(
+                503,
+                _NOT_THE_MEDIA,
+                code="decoder_unavailable",
+                type="server_error",
+                retry_after=_RETRY_SECONDS,
+            )
         for kind, code in _CODES:
             if isinstance(error, kind):
                 return ApiError(400, str(error), code=code)

@@ -1,8 +1,8 @@
 """Who gets in, and with how much: checked before a byte of a request's body is looked at.
 
 - Readiness: /v1/ is 503 before the model is there and while the server drains.
-- Host: where no key is asked for, only names of the loopback are answered, since any web page may
-  have its own name lead here (DNS rebinding).
+- Host: where no key is asked for, only localhost and addresses of the loopback are answered, since
+  any web page may have its own name lead here (DNS rebinding).
 - Origin: a browser's POST or WebSocket must come from the page of this server.
 - Key: /v1/ and /metrics want `Authorization: Bearer KEY`. A browser cannot send that with a
   WebSocket: it offers the subprotocols "ppllava" and "key." + base64url(KEY) without padding, and
@@ -26,15 +26,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppllava_runtime.server.addresses import is_loopback
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.service import Service
 
 SUBPROTOCOL = "ppllava"
 _KEY_PROTOCOL = "key."
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
-# Several of the largest at once, but not as many as there are connections.
-_BODIES_TOGETHER = 4
 # Read and forgotten after a refusal: a client that sends all before it reads is told then, too.
 _FORGOTTEN_BYTES = 8 << 20
 _FORGOTTEN_SECONDS = 2.0
@@ -81,7 +79,7 @@ class Gate:
         """The tenant."""
         path, is_socket = scope["path"], scope["type"] == "websocket"
         host = _host_of(f"//{headers.get('host', '')}")
-        if not self._hashes and (host is None or host[0] not in _LOOPBACK):
+        if not self._hashes and (host is None or not is_loopback(host[0])):
             raise ApiError(
                 403,
                 f"gate: this server is asked as {headers.get('host', '')!r}, but without API keys "
@@ -133,11 +131,11 @@ class Gate:
         self.body_bytes += num_bytes
         if of_this > self._settings.body_bytes:
             raise self._too_large("longer")
-        if self.body_bytes > _BODIES_TOGETHER * self._settings.body_bytes:
+        if self.body_bytes > self._settings.bodies_bytes:
             raise ApiError(
                 429,
                 f"gate: requests of {self.body_bytes} bytes are on their way, expected at most "
-                f"{_BODIES_TOGETHER * self._settings.body_bytes}: try again in a few seconds",
+                f"{self._settings.bodies_bytes}: try again in a few seconds",
                 code="server_busy",
                 type="rate_limit_error",
                 retry_after=2.0,

@@ -18,8 +18,10 @@ from ppllava_runtime.asking import Options
 from ppllava_runtime.server.answering import aside
 from ppllava_runtime.server.asked import Relevance, options_of
 from ppllava_runtime.server.errors import ApiError
-from ppllava_runtime.server.schema import read_request
+from ppllava_runtime.server.schema import num_values, read_request
 
+# Far more than a question with its options has, and little to read while others wait.
+_MOST_VALUES = 10_000
 # Of a request for a completion, what has a meaning beside a question.
 _OF_QUERY = (
     "max_tokens",
@@ -118,6 +120,7 @@ class Query:
 _OTHERS: TypeAdapter[Config | SentFrame | Done | Cancel] = TypeAdapter(
     Annotated[Config | SentFrame | Done | Cancel, Field(discriminator="type")]
 )
+_ID: TypeAdapter[str | None] = TypeAdapter(Annotated[str, Field(max_length=256)] | None)
 
 
 async def read_aside(text: str, model_id: str) -> Config | SentFrame | Query | Done | Cancel:
@@ -144,6 +147,12 @@ def read_message(text: str, model_id: str) -> Config | SentFrame | Query | Done 
         ApiError: Not of JSON, of no known type, or not what such a message may be.
         UsageError: See `Options`.
     """
+    if num_values(text.encode(errors="replace")) > _MOST_VALUES:
+        raise ApiError(
+            400,
+            f"message: it has more than {_MOST_VALUES} commas, colons and brackets: send less",
+            code="invalid_json",
+        )
     try:
         value = strict_json.loads(text, "message")
     except DataError as error:
@@ -183,11 +192,13 @@ def _query(value: dict[str, Any], model_id: str) -> Query:
             raise ApiError(
                 400, f"message: unknown field {place}: leave it out", code="unknown_field"
             )
-    text, name = value.get("text"), value.get("id")
+    text = value.get("text")
     if not isinstance(text, str):
         raise _refusal("video.query.text", "expected the question")
-    if name is not None and not (isinstance(name, str) and len(name) <= 256):
-        raise _refusal("video.query.id", "expected up to 256 characters")
+    try:
+        name = _ID.validate_python(value.get("id"), strict=True)
+    except ValidationError:  # half of a surrogate pair is no character either
+        raise _refusal("video.query.id", "expected up to 256 characters") from None
     messages = [{"role": "user", "content": text}]
     body = json.dumps({"model": model_id, "messages": messages, **given}).encode()
     request = read_request(body, "application/json")

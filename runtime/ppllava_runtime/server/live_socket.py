@@ -7,13 +7,15 @@ answered in a slot of the server's, as any request, over the frames that were se
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from ppllava_runtime.server.answering import Check, in_thread
+from ppllava_runtime.leaving import Leaving
+from ppllava_runtime.server.answering import in_thread
 from ppllava_runtime.server.completions import End
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.live_messages import (
@@ -53,7 +55,7 @@ async def live_socket(websocket: WebSocket) -> None:
             async with service.live.slot():
                 code = await _Session(websocket, service).run()
         except ApiError as error:
-            await websocket.send_json(_told(error))
+            await _send(websocket, _told(error))
             code = _TRY_LATER
         await websocket.close(code)
 
@@ -263,17 +265,17 @@ class _Session:
         finally:
             await _ended(working)
 
-    def _work(self, query: Query, check: Check) -> Generator[str | End, None, None]:
+    def _work(self, query: Query, leaving: Leaving) -> Generator[str | End, None, None]:
         """Yields the pieces of an answer, the first of them empty, and its end; in a thread."""
         window = self._window
         assert window is not None
-        window.settle()
-        check()
+        window.settle(leaving)
+        leaving.check()
         answer = window.live.answer(query.text, query.options)
-        check.on_leaving(answer.close)
         try:
-            yield ""
-            yield from answer
+            with leaving.ending(answer.close):
+                yield ""
+                yield from answer
             extra = vars(Extra.of(answer, (), query.relevance))
             usage = Usage.of(answer.accounting)
             yield End(answer.finish_reason, usage, LiveExtra(**extra, live=window.counts()))
@@ -305,7 +307,12 @@ class _Session:
             await self._send(_told(await self._troubles.get()))
 
     async def _send(self, event: dict[str, Any]) -> None:
-        await self._websocket.send_json(event)
+        await _send(self._websocket, event)
+
+
+async def _send(websocket: WebSocket, event: dict[str, Any]) -> None:
+    # An error may name what a client sent, and that may be half of a surrogate pair.
+    await websocket.send_text(json.dumps(event, separators=(",", ":")))
 
 
 def _told(error: ApiError, name: str | None = None) -> dict[str, Any]:

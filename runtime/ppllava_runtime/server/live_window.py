@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ppllava_engines.errors import DataError, MediaError, PPLLaVAError, StorageError
 from ppllava_runtime.feed import Pace
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.live import LiveVideo
 from ppllava_runtime.newest import Follower, Newest
 from ppllava_runtime.server.errors import ApiError
@@ -75,6 +76,7 @@ class LiveWindow:
         # One file for all frames, as they come one after the other.
         self._folder = tempfile.TemporaryDirectory(dir=service.spool.folder)
         self._path = Path(self._folder.name) / "frame"
+        self._leaving = Leaving()
         self._follower = Follower(self._frames, self._look, self._fail)
 
     def put(self, frame: SentFrame) -> None:
@@ -118,13 +120,16 @@ class LiveWindow:
         """
         self._follower.check()
 
-    def settle(self) -> None:
+    def settle(self, leaving: Leaving) -> None:
         """Returns when all frames that were put here have been looked at or dropped.
 
         Raises:
+            Left: Nobody waits for that any more.
             Exception: Frames are looked at no more.
         """
-        self._frames.settle()
+        with leaving.ending(self._frames.wake):
+            self._frames.settle(given_up=lambda: leaving.has_left)
+        leaving.check()
         self.check()
 
     def counts(self) -> Counts:
@@ -139,7 +144,9 @@ class LiveWindow:
         )
 
     def close(self) -> None:
-        """Ends the thread and removes the file."""
+        """Ends the thread, and what it decodes, and removes the file."""
+        self._leaving.leave()
+        self._leaving.end()
         self._follower.close()
         self._folder.cleanup()
 
@@ -158,7 +165,7 @@ class LiveWindow:
             self._path.write_bytes(sent.picture)
         except OSError as error:  # a full disk may have room again for the next
             raise StorageError(f"spool {self._path}: it cannot be written: {error}") from error
-        found = self._service.assistant.decoding.still(self._path)
+        found = self._service.assistant.decoding.still(self._path, self._leaving)
         if found is None:
             raise DataError(f"image {self._path}: it moves or is no picture, send JPEG or PNG")
         before = self.live.num_encoded

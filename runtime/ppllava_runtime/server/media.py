@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import math
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -13,39 +15,51 @@ from typing import TYPE_CHECKING
 
 from ppllava_engines.errors import MediaError, PPLLaVAError
 from ppllava_runtime.conversation import Video
+from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.server.asked import Item
 from ppllava_runtime.server.errors import ApiError
 from ppllava_runtime.server.replies import Seen
-from ppllava_runtime.watching import Progress
 
 if TYPE_CHECKING:
     from ppllava_runtime.server.service import Service
     from ppllava_runtime.server.spool import Spooled
 
 _MOST_NAMES = 4096
+_NAME_BYTES = 4096  # of each, for which some 70 pictures have room
+_OWN_BYTES = 1024  # of a name without what it stands for, amply
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """Something that was seen under a name.
+    """Something that was seen under a name, as far as its memory does not say it.
 
     Attributes:
         key: By which the assistant recalls it.
-        seen: What is told of each item.
+        digests: SHA-256 of each item, one after the other.
+        damages: Of each item, what could not be read.
     """
 
     key: str
-    seen: tuple[Seen, ...]
+    digests: bytes
+    damages: tuple[str | None, ...]
+
+    @property
+    def num_names(self) -> int:
+        """As how many names it counts."""
+        said = sum(map(sys.getsizeof, {damage for damage in self.damages if damage}))
+        size = _OWN_BYTES + len(self.digests) + 8 * len(self.damages) + said
+        return math.ceil(size / _NAME_BYTES)
 
 
 class Uuids:
     """The names that tenants gave to what they showed, the last ones. Threads may share it.
 
-    Where there are too many, the tenant that gave most of them loses one: no other loses its own to
-    who gives many.
+    Where there are too many, the tenant that gave most of them loses some: no other loses its own
+    to who gives many.
 
     Args:
-        most: How many of all tenants together.
+        most: How many of all tenants together, each of 4 KiB: what takes more counts as several.
     """
 
     def __init__(self, most: int = _MOST_NAMES) -> None:
@@ -53,7 +67,7 @@ class Uuids:
         self._lock = Lock()
         # Of each tenant, where the one used last is last.
         self._found: dict[str, OrderedDict[str, Remembered]] = {}
-        self._count = 0
+        self._counts = Counter[str]()  # of each tenant
 
     def get(self, tenant: str, items: Sequence[Item]) -> Remembered | None:
         """What this tenant showed under these names, sampled in the same way."""
@@ -69,12 +83,14 @@ class Uuids:
         name = _name(items)
         with self._lock:
             found = self._found.setdefault(tenant, OrderedDict())
-            self._count += name not in found
+            if (before := found.pop(name, None)) is not None:
+                self._counts[tenant] -= before.num_names
             found[name] = remembered
-            found.move_to_end(name)
-            if self._count > self._most:
-                max(self._found.values(), key=len).popitem(last=False)
-                self._count -= 1
+            self._counts[tenant] += remembered.num_names
+            while sum(self._counts.values()) > self._most:
+                loser, _ = self._counts.most_common(1)[0]
+                _, lost = self._found[loser].popitem(last=False)
+                self._counts[loser] -= lost.num_names
 
 
 @dataclass(frozen=True)
@@ -91,12 +107,12 @@ class Media:
     files: tuple[tuple[Spooled, ...], ...]
     tenant: str
 
-    def see(self, service: Service, progress: Progress) -> tuple[Video, tuple[Seen, ...]] | None:
+    def see(self, service: Service, leaving: Leaving) -> tuple[Video, tuple[Seen, ...]] | None:
         """What there is to be seen, and what to tell of each item; None where there is nothing.
 
         Raises:
             ApiError: It cannot be read, is more than the server takes, or is not remembered.
-            Exception: What `progress` raises.
+            Left: Nobody waits for it any more.
         """
         if not self.items:
             return None
@@ -104,15 +120,16 @@ class Media:
             return self._recalled(service)
         names = self._names()
         try:
-            video = self._watched(service, progress)
+            video = self._watched(service, leaving)
         except PPLLaVAError as error:
             if isinstance(error, MediaError):
                 service.metrics.media_failed()
             raise _named(ApiError.of(error), names) from error
-        seen = tuple(self._seen(video, names))
+        digests, damages = self._digests(), self._damages(video, names)
         if video.key is not None and all(item.uuid for item in self.items):
-            service.uuids.put(self.tenant, self.items, Remembered(video.key, seen))
-        return video, seen
+            remembered = Remembered(video.key, digests, damages)
+            service.uuids.put(self.tenant, self.items, remembered)
+        return video, self._seen(video, digests, damages)
 
     def _recalled(self, service: Service) -> tuple[Video, tuple[Seen, ...]]:
         remembered = service.uuids.get(self.tenant, self.items)
@@ -126,16 +143,18 @@ class Media:
                 code="media_not_found",
                 param=item.param,
             )
-        return video, remembered.seen
+        return video, self._seen(video, remembered.digests, remembered.damages)
 
-    def _watched(self, service: Service, progress: Progress) -> Video:
+    def _watched(self, service: Service, leaving: Leaving) -> Video:
         assistant, item = service.assistant, self.items[0]
         paths = [file.path for files in self.files for file in files]
         fps, num_frames = item.fps, item.num_frames
         if item.kind == "video":
             (path,) = paths
-            return assistant.watch(path, num_frames, progress=progress, fps=fps, owner=self.tenant)
-        return assistant.look(paths, progress, fps=fps, num_frames=num_frames, owner=self.tenant)
+            return assistant.watch(path, num_frames, fps=fps, owner=self.tenant, leaving=leaving)
+        return assistant.look(
+            paths, fps=fps, num_frames=num_frames, owner=self.tenant, leaving=leaving
+        )
 
     def _names(self) -> dict[str, str]:
         """What files are called in the request, by their paths, which are nobody's business."""
@@ -146,21 +165,36 @@ class Media:
                 names[str(file.path)] = item.param + inside
         return names
 
-    def _seen(self, video: Video, names: Mapping[str, str]) -> Iterator[Seen]:
-        is_video = video.memory.kind == "video"
-        damage = video.info.damage and _renamed(video.info.damage, names)
+    def _digests(self) -> bytes:
+        found = []
         for item, files in zip(self.items, self.files, strict=True):
             hashes = [file.sha256 for file in files]
             if item.kind == "frames":
                 hashes = [hashlib.sha256("".join(hashes).encode()).hexdigest()]
-            yield Seen(
+            found.append(bytes.fromhex(hashes[0]))
+        return b"".join(found)
+
+    def _damages(self, video: Video, names: Mapping[str, str]) -> tuple[str | None, ...]:
+        damage = video.info.damage and _renamed(video.info.damage, names)
+        if not damage or video.memory.kind == "video":
+            return (damage,) * len(self.items)
+        # Of several pictures it names those that it is about.
+        return tuple(damage if item.param in damage else None for item in self.items)
+
+    def _seen(
+        self, video: Video, digests: bytes, damages: Sequence[str | None]
+    ) -> tuple[Seen, ...]:
+        is_video = video.memory.kind == "video"
+        return tuple(
+            Seen(
                 kind="video" if is_video else "image",
                 uuid=item.uuid,
-                sha256=hashes[0],
+                sha256=digests[i * _DIGEST_BYTES : (i + 1) * _DIGEST_BYTES].hex(),
                 timestamps=[float(t) for t in video.info.timestamps] if is_video else [],
-                # Of several pictures it names those that it is about.
-                damage=damage if damage and (is_video or item.param in damage) else None,
+                damage=damage or None,
             )
+            for i, (item, damage) in enumerate(zip(self.items, damages, strict=True))
+        )
 
 
 @asynccontextmanager

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
+from ppllava_runtime.server.page import Asset
 from ppllava_runtime.server.replies import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -40,7 +40,8 @@ _FAILURES = {
     413: "It is larger than the server takes.",
     429: "Too much is asked at once.",
     500: "The server failed; its log says why.",
-    503: "The server is not ready yet, is about to end, or has too many connections.",
+    503: "The server is not ready yet, is about to end, has too many connections, or lost what "
+    "decodes media.",
 }
 _RETRY_AFTER = {
     "retry-after": {
@@ -75,10 +76,15 @@ _ANY = (400, 403, 408, 413, 503)
 _WITH_KEY = (*_ANY, 401)
 
 
-async def openapi(request: Request) -> Response:
-    """The document of this server."""
-    service = request.app.state.service
-    return JSONResponse(document(service.model_id, needs_key=bool(service.settings.api_keys)))
+def openapi(model: str, *, needs_key: bool) -> Asset:
+    """The document of a server as it is sent: to make it takes long enough to hold others up.
+
+    Args:
+        model: See `document`.
+        needs_key: See `document`.
+    """
+    told = json.dumps(document(model, needs_key=needs_key), separators=(",", ":"))
+    return Asset.of(told.encode("ascii"), "application/json")
 
 
 def document(model: str, *, needs_key: bool) -> dict[str, Any]:
@@ -128,8 +134,7 @@ def _paths(model: str, security: list[dict[str, list[str]]]) -> dict[str, Any]:
         "name": "model",
         "in": "path",
         "required": True,
-        "schema": {"type": "string", "minLength": 1},
-        "example": model,
+        "schema": {"type": "string", "enum": [model]},
     }
     one_model = _operation(
         "The model that is served.",
@@ -137,6 +142,12 @@ def _paths(model: str, security: list[dict[str, list[str]]]) -> dict[str, Any]:
         (*_WITH_KEY, 404),
         security,
     )
+    this = _operation(
+        "This document.",
+        _content("The document.", "application/json", {"type": "object"}),
+        _ANY,
+    )
+    this["responses"]["304"] = {"description": "It is the one that If-None-Match names."}
     return {
         "/v1/chat/completions": {"post": completion},
         "/v1/models": {
@@ -162,13 +173,7 @@ def _paths(model: str, security: list[dict[str, list[str]]]) -> dict[str, Any]:
                 security,
             )
         },
-        "/openapi.json": {
-            "get": _operation(
-                "This document.",
-                _content("The document.", "application/json", {"type": "object"}),
-                _ANY,
-            )
-        },
+        "/openapi.json": {"get": this},
     }
 
 

@@ -49,7 +49,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of the page.
+    """One file of the page, or what else is the same for everybody.
 
     Attributes:
         body: Its bytes.
@@ -60,6 +60,11 @@ class Asset:
     body: bytes
     media_type: str
     etag: str
+
+    @staticmethod
+    def of(body: bytes, media_type: str) -> Asset:
+        """The asset of these bytes."""
+        return Asset(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
 
     async def answer(self, request: Request) -> Response:
         """The file, or 304 where the browser has it."""
@@ -82,9 +87,7 @@ def read_assets() -> dict[str, Asset]:
     for file in folder.iterdir() if folder.is_dir() else ():
         suffix = "." + file.name.rpartition(".")[2]
         if suffix in _TYPES:
-            body = file.read_bytes()
-            etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-            assets[file.name] = Asset(body, _TYPES[suffix], etag)
+            assets[file.name] = Asset.of(file.read_bytes(), _TYPES[suffix])
     if "index.html" not in assets:
         raise NotFoundError(
             f"page: there is no index.html in {folder}: install ppllava-edge again from a wheel"

@@ -33,6 +33,10 @@ HEADERS = {
 }
 _FULL_SECONDS = 2.0
 _UNREAD_SECONDS = 1.0
+# A chunk of a body takes as long to read as some kilobytes, and nothing else is done while those
+# that came together are read: so many in a row must have so many bytes.
+_RUN_CHUNKS = 1024
+_RUN_BYTES = 64 << 10
 
 
 def protocol_of(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
@@ -52,6 +56,7 @@ def protocol_of(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
             _loop: asyncio.AbstractEventLoop | None = None,
         ) -> None:
             super().__init__(config, server_state, app_state, _loop)
+            self.conn = _Connection(h11.SERVER)
             self.settings = settings
             self.metrics = metrics
 
@@ -68,6 +73,7 @@ class DeadlineProtocol(H11Protocol):
 
     settings: Settings
     metrics: Metrics
+    conn: _Connection
     _began = 0.0  # when the first byte of the request came
     _phase: Phase = "idle"
     _alarm: asyncio.TimerHandle | None = None
@@ -102,12 +108,12 @@ class DeadlineProtocol(H11Protocol):
         self._look()
 
     def on_response_complete(self) -> None:
-        """Goes on to the next request, of which the first bytes may be there."""
+        """Goes on to the next request, which may be there and has its own time."""
+        self._began = self.loop.time()
+        self._enter("idle")
         super().on_response_complete()
-        if self.transport.is_closing():
-            self._enter("idle")
-            return
-        self._look()
+        if not self.transport.is_closing():
+            self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the deadline."""
@@ -131,14 +137,16 @@ class DeadlineProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - it says nothing
         """Refuses what is no HTTP, as everything else is refused."""
-        self._refuse(
-            ApiError(
-                400,
-                "connection: what came is not a request of HTTP/1.1, or its head is too long: "
-                "check the client",
-                code="invalid_http",
+        if self.conn.is_in_crumbs:
+            why = (
+                f"{_RUN_CHUNKS} chunks of the body have less than {_RUN_BYTES} bytes together: "
+                "send larger ones"
             )
-        )
+        else:
+            why = (
+                "what came is not a request of HTTP/1.1, or its head is too long: check the client"
+            )
+        self._refuse(ApiError(400, f"connection: {why}", code="invalid_http"))
 
     def _look(self) -> None:
         """Finds the phase anew from where the other side is."""
@@ -231,6 +239,35 @@ class DeadlineProtocol(H11Protocol):
             self.transport.abort()
         else:
             self.transport.close()
+
+
+class _Connection(h11.Connection):
+    """One whose bodies do not come in crumbs.
+
+    Attributes:
+        is_in_crumbs: One did, and no more of it is to be read.
+    """
+
+    is_in_crumbs = False
+    _num_chunks = 0  # of the run
+    _num_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What came next.
+
+        Raises:
+            h11.RemoteProtocolError: It is not HTTP, or a body in crumbs.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._num_chunks += event.chunk_end
+            self._num_bytes += len(event.data)
+        if isinstance(event, h11.Request) or self._num_chunks == _RUN_CHUNKS:
+            if self._num_chunks == _RUN_CHUNKS and self._num_bytes < _RUN_BYTES:
+                self.is_in_crumbs = True
+                raise h11.RemoteProtocolError("a body in crumbs")
+            self._num_chunks = self._num_bytes = 0
+        return event
 
 
 def _begins_websocket(event: h11.Request) -> bool:

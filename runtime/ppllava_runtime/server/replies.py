@@ -119,9 +119,7 @@ class Extra(_Told):
     """What the answer is based on and what it cost."""
 
     media: list[Seen]
-    cached: Annotated[
-        bool, Field(description="Whether all that was to be seen had been watched before.")
-    ]
+    cached: Annotated[bool, Field(description="Whether nothing had to be watched for this answer.")]
     frames: Frames
     tokens: Tokens
     milliseconds: Spent

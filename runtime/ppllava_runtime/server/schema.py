@@ -319,7 +319,7 @@ def read_request(body: bytes, content_type: str) -> ChatCompletionRequest:
             f"request: content-type is {shortened(repr(media_type))}, expected application/json",
             code="invalid_content_type",
         )
-    if _num_values(body) > _MOST_VALUES:
+    if num_values(body) > _MOST_VALUES:
         raise ApiError(
             400,
             f"request: it has more than {_MOST_VALUES} commas, colons and brackets: send less",
@@ -337,8 +337,8 @@ def read_request(body: bytes, content_type: str) -> ChatCompletionRequest:
         raise _refusal(error.errors(include_url=False, include_context=False)[0], value) from None
 
 
-def _num_values(body: bytes) -> int:
-    """At least how many values there are; counted piece by piece, so that other threads go on."""
+def num_values(body: bytes) -> int:
+    """At least how many values JSON has; counted piece by piece, so that other threads go on."""
     return sum(
         body.count(mark, start, start + _PIECE)
         for start in range(0, len(body), _PIECE)

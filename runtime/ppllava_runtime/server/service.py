@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from ppllava_engines.errors import UsageError
@@ -170,9 +171,22 @@ class Service:
             live = f"{settings.num_live} live windows of {_mib(window)}"
         except UsageError:  # of less than two frames: sessions ask for another
             live = f"{settings.num_live} live windows of up to {self.assistant.max_frames} frames"
-        decoding = f"{settings.num_running} decoders of up to {_mib(media.address_space)}"
+        answers = f"{settings.num_running} KV caches of up to {_mib(self.kv_bytes)}"
+        # A live session has its frames decoded beside the slots.
+        num_decoding = settings.num_running + settings.num_live
+        decoding = f"{num_decoding} decoders of up to {_mib(media.address_space)}"
         cache = f"cache up to {_mib(settings.cache_bytes)}"
-        return f"memory: model {_mib(model)}, {cache}, {live}, {decoding}"
+        bodies = f"bodies of up to {_mib(settings.bodies_bytes)}"
+        return f"memory: model {_mib(model)}, {cache}, {answers}, {bodies}, {live}, {decoding}"
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of an answer that uses all positions, as any request may have it."""
+        manifest = self.assistant.bundle.manifest
+        spec = manifest.decoder
+        size = 2 if manifest.precision.dtype == "bf16" else np.dtype(spec.dtype).itemsize
+        token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * size
+        return self.assistant.decoder.max_positions * token
 
     def check_ready(self) -> None:
         """Passes where requests are answered.

@@ -10,6 +10,8 @@ from pathlib import Path
 from ppllava_runtime.limits import MediaLimits
 
 _SPOOL_BYTES = 2 << 30
+# Several of the largest at once, but not as many as there are connections.
+_BODIES_TOGETHER = 4
 
 
 def _default_spool() -> Path:
@@ -61,6 +63,11 @@ class Settings:
     num_connections: int = 512
     spool: Path = field(default_factory=_default_spool)
     media: MediaLimits = field(default_factory=MediaLimits)
+
+    @property
+    def bodies_bytes(self) -> int:
+        """The most of all bodies of requests that are in memory."""
+        return _BODIES_TOGETHER * self.body_bytes
 
     @property
     def spool_bytes(self) -> int:

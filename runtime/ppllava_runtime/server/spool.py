@@ -22,6 +22,7 @@ _OWN = "spool-"
 # What is handed to a thread at once: it costs less than the way there.
 _BLOCK_BYTES = 1 << 20
 _FULL_SECONDS = 2.0
+_MOST_REMOVALS = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ class Spool:
     def close(self) -> None:
         """Removes what there still is; nothing can be added then."""
         if self._lock >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for _ in range(_MOST_REMOVALS):  # a thread may be writing one more file meanwhile
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if not self.folder.exists():
+                    break
             os.close(self._lock)
             self._lock = -1
 

@@ -195,7 +195,7 @@ function understand(turn, images) {
   if (!images.length) return;
   const { relevance, media: parts } = turn.extra;
   const times = relevance.timestamps ?? parts[0]?.timestamps ?? [];
-  const isVideo = state.live !== null || state.media.kind === "video";
+  const isVideo = state.live !== null || parts[0].kind === "video";
   const pictures = state.live?.window(times) ?? [];
   turn.frames = relevance.curve.map((value, i) => ({ value, time: isVideo ? times[i] : null }));
   turn.heat = images.map((image, i) => ({
@@ -232,7 +232,9 @@ function goTo(index) {
     const { url } = shown.heat[index];
     if (url) stage.showStill(url, index, `Frame ${index + 1} of the camera`);
   } else if (media.kind === "image") {
-    stage.showStill(media.urls[index], index, `Picture ${index + 1} of ${media.files.length}`);
+    // One that moves has one file for all frames, and goes on by itself under their heatmaps.
+    const at = Math.min(index, media.files.length - 1);
+    stage.showStill(media.urls[at], index, `Picture ${at + 1} of ${media.files.length}`);
   } else {
     stage.video.pause();
     stage.seek(shown.frames[index].time);
@@ -246,16 +248,23 @@ function goTo(index) {
 function arrange() {
   showClock();
   const { media, live, running } = state;
-  byId("tools").hidden = !media && !live;
-  byId("back").hidden = !live || stage.mode !== "still";
+  hide("tools", !media && !live);
+  hide("back", !live || stage.mode !== "still");
   byId("other").textContent = live ? "Stop the camera" : "Other media";
-  byId("send").hidden = running !== null;
-  byId("stop").hidden = running === null;
+  hide("stop", running === null);
+  hide("send", running !== null, "stop");
   byId("badge").hidden = !live;
   if (live) byId("badge").textContent = stage.mode === "camera" ? "Live" : "As it was";
   byId("badge").dataset.live = String(stage.mode === "camera");
   byId("live-note").hidden = !live;
   offer(live ? "camera" : (media?.kind ?? ""));
+}
+
+/** Hides something or shows it; a focus in it moves on, as a keyboard would begin at the top again. */
+function hide(id, isHidden, next = "question") {
+  const hadFocus = byId(id).contains(document.activeElement);
+  byId(id).hidden = isHidden;
+  if (isHidden && hadFocus) byId(next).focus();
 }
 
 function showClock() {
@@ -280,7 +289,7 @@ function showLive() {
 }
 
 function complain(error) {
-  byId("error").hidden = error === null;
+  hide("error", error === null);
   byId("error-text").textContent = error === null ? "" : error.message;
   if (error instanceof Refusal && error.status === 0) watchServer();
 }

@@ -3,24 +3,33 @@
 import { byId } from "./dom.js";
 
 const KEY = "ppllava-key";
+// With any other character a header is none, and the browser sends nothing at all.
+const SENDABLE = /^[\x21-\x7e]+$/;
 
 /** Runs something that may want a key, and asks for one as long as it is refused. */
 export async function withKey(run) {
   for (;;) {
+    const key = sessionStorage.getItem(KEY) ?? "";
     try {
-      return await run(sessionStorage.getItem(KEY) ?? "");
+      return await run(key);
     } catch (error) {
-      if (error.status !== 401 || !(await askForKey())) throw error;
+      if (error.status !== 401) throw error;
+      sessionStorage.removeItem(KEY);
+      if (!(await askForKey(key && error.message))) throw error;
     }
   }
 }
 
-/** Whether a person gave a key. */
-function askForKey() {
+/**
+ * Whether a person gave a key.
+ * @param {string} wrong What is wrong with the one that was given before; "" where none was.
+ */
+function askForKey(wrong) {
   const dialog = byId("key-dialog");
   dialog.returnValue = "";
   byId("key").value = "";
   dialog.showModal();
+  object(wrong);
   return new Promise((resolve) => {
     dialog.addEventListener(
       "close",
@@ -34,8 +43,24 @@ function askForKey() {
   });
 }
 
+/** Says in the dialog what is wrong with a key. */
+function object(sentence) {
+  byId("key-error").textContent = sentence;
+  byId("key-error").hidden = !sentence;
+  byId("key").setAttribute("aria-invalid", String(sentence !== ""));
+}
+
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  byId("key-dialog").close("given");
+  if (SENDABLE.test(byId("key").value.trim())) {
+    byId("key-dialog").close("given");
+    return;
+  }
+  object(
+    "This is not a key: expected letters, digits and signs of ASCII, without blanks. Copy it as " +
+      "plain text: some programs change dashes and dots.",
+  );
+  byId("key").focus();
+  byId("key").select();
 });
 byId("key-cancel").addEventListener("click", () => byId("key-dialog").close(""));

@@ -54,7 +54,8 @@ export class Media {
    * @returns {Promise<object[]>}
    */
   async parts() {
-    const type = `${this.kind}_url`;
+    // Whether a picture moves is seen by the server alone, and in one that is given as a video.
+    const type = this.files.length === 1 ? "video_url" : "image_url";
     const urls = await Promise.all(this.files.map((f) => (this.isKnown ? null : dataUrl(f))));
     return urls.map((url, i) => ({ type, [type]: { url }, uuid: this.uuids[i] }));
   }

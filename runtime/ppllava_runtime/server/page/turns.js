@@ -46,6 +46,7 @@ export class Turn {
   /** Keeps what came until it was stopped. */
   stop() {
     this.body.classList.remove("pending");
+    this.body.querySelector(".dots")?.remove();
     this.body.append(make("span.cut", {}, this.text ? " … stopped" : "stopped"));
   }
 }
