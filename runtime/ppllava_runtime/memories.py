@@ -160,9 +160,9 @@ class MemoryStore:
             with self._changed:
                 while not (other.has_ended or other.done != told or leaving.has_left):
                     self._changed.wait()
-                told = other.done
+                before, told = told, other.done
             leaving.check()
-            if told:
+            if told and told != before:
                 progress(*told)
 
     def _wake(self) -> None:
