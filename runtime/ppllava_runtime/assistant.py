@@ -250,10 +250,12 @@ class Assistant(Asker):
         """The answer to a question about nothing to be seen; see `ask`."""
         return self.converse().answer(question, options)
 
-    def converse(self, turns: Turns = "re-pool", preface: str = "") -> Conversation:
+    def converse(
+        self, turns: Turns = "re-pool", preface: str = "", owner: str = ""
+    ) -> Conversation:
         """Questions one after the other about nothing to be seen; see `Video.converse`."""
         nothing = Watched(Memory.of_nothing(self.model), ClipInfo.of_stills(0))
-        return Video(self, nothing, Cost(0, 0, Stopwatch())).converse(turns, preface)
+        return Video(self, nothing, Cost(0, 0, Stopwatch())).converse(turns, preface, owner)
 
     @LoadedOnce
     def vision(self) -> Engine:

@@ -63,7 +63,9 @@ class Video(Asker):
         """The answer to a question by itself; see `ask`."""
         return self.converse().answer(question, options)
 
-    def converse(self, turns: Turns = "re-pool", preface: str = "") -> Conversation:
+    def converse(
+        self, turns: Turns = "re-pool", preface: str = "", owner: str = ""
+    ) -> Conversation:
         """Questions one after the other, each asked behind those before it; see `Conversation`.
 
         Args:
@@ -71,11 +73,12 @@ class Video(Asker):
                 one's visual tokens stay.
             preface: What the decoder reads before the first question, a blank line between them; no
                 pooling is guided by it.
+            owner: For whom; nothing that was run for others makes an answer come sooner.
 
         Raises:
             UsageError: Another word for `turns`; or a preface that is no text.
         """
-        return Conversation(self, turns, preface)
+        return Conversation(self, turns, preface, owner)
 
     def pay(self) -> Cost:
         """What watching cost, for the answer that asks first; nothing for the others."""
@@ -140,12 +143,15 @@ class Conversation(Asker):
         video: What was seen.
         turns: "re-pool" or "keep".
         preface: See `Video.converse`.
+        owner: See `Video.converse`.
 
     Raises:
         UsageError: Another word for `turns`; or a preface that is no text.
     """
 
-    def __init__(self, video: Video, turns: Turns = "re-pool", preface: str = "") -> None:
+    def __init__(
+        self, video: Video, turns: Turns = "re-pool", preface: str = "", owner: str = ""
+    ) -> None:
         if turns not in TURNS:
             raise UsageError(f"turns is {turns!r}, expected one of {', '.join(TURNS)}")
         self._video = video
@@ -155,6 +161,7 @@ class Conversation(Asker):
         self._view: _View | None = None
         self._check_size(preface)
         self._preface = checked("preface", preface)
+        self._owner = owner
 
     def recall(self, question: str, answer: str) -> None:
         """One more turn, that took place elsewhere: the next question goes on from it.
@@ -222,7 +229,8 @@ class Conversation(Asker):
         length = sum(map(len, parts))
         if self._turns:
             self._check_fits(length)
-        ids = decoder.generate(parts, options.max_new_tokens, options.sampling, constraint)
+        most = options.max_new_tokens
+        ids = decoder.generate(parts, most, options.sampling, constraint, self._owner)
         answer = self._answer(question, stop, view, ids, length, stopwatch)
         self._view = view
         self._add(_Turn(question, prompt.ids, answer), answers)

@@ -65,12 +65,15 @@ class LiveVideo(Asker):
     Args:
         assistant, seconds, fps: See above.
         preface: What the decoder reads before each question, see `Video.converse`.
+        owner: For whom, see `Video.converse`.
 
     Raises:
         UsageError: A window of less than 2 frames, or of more than the model takes.
     """
 
-    def __init__(self, assistant: Assistant, seconds: float, fps: float, preface: str = "") -> None:
+    def __init__(
+        self, assistant: Assistant, seconds: float, fps: float, preface: str = "", owner: str = ""
+    ) -> None:
         for name, value in (("seconds", seconds), ("fps", fps)):
             if not 0 < value < float("inf"):
                 raise UsageError(f"live: {name} is {value}, expected more than 0")
@@ -87,6 +90,7 @@ class LiveVideo(Asker):
         self.num_seen = 0
         self.num_encoded = 0
         self._preface = preface
+        self._owner = owner
         self._num_rows = num_rows
         self._shown: list[_Shown | None] = [None] * num_rows
         # In turn, so that frames that come fast do not keep a question waiting.
@@ -197,7 +201,8 @@ class LiveVideo(Asker):
             places = tuple(range(first, self.num_seen))
             info = ClipInfo(times, places, self.num_seen, len(rows), self.fps)
             video = Video(assistant, Watched(memory, info), cost)
-            return video.converse(preface=self._preface).answer(question, options, constraint)
+            conversation = video.converse(preface=self._preface, owner=self._owner)
+            return conversation.answer(question, options, constraint)
 
     def _rows(self) -> range:
         """The rows of the window: those of its frames that are not too long ago for it."""

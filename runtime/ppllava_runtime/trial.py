@@ -258,7 +258,8 @@ class _Witness:
         max_new_tokens: int,
         sampling: Sampling,
         constraint: Constraint | None = None,
+        owner: str = "",
     ) -> Generator[int, None, FinishReason]:
         noting = _Noting(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
         self.prompt_embeds, self.logits = np.concatenate(parts), noting.logits
-        return self._decoder.generate(parts, max_new_tokens, noting, constraint)
+        return self._decoder.generate(parts, max_new_tokens, noting, constraint, owner)

@@ -127,6 +127,18 @@ def test_no_token_is_computed_twice(
     assert runs == [(0, 9)]
 
 
+def test_nothing_is_reused_of_what_another_asked(
+    fresh: Callable[[], CachingDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the time of an answer would tell how the one before it began."""
+    decoder = fresh()
+    runs = count_runs(decoder, monkeypatch)
+    parts = [decoder.embed(BEFORE), decoder.embed(AFTER)]
+    for owner in ("a", "b", "b", "a"):
+        list(decoder.generate(parts, 1, Sampling(), owner=owner))
+    assert runs == [(0, 4), (4, 5)] * 2 + [(4, 5)] + [(0, 4), (4, 5)]
+
+
 class Unread(list[Any]):
     """A list that may grow and is not gone through."""
 

@@ -8,19 +8,28 @@ import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
 from ppllava_engines.errors import UsageError
 from ppllava_runtime.asking import DEFAULT_MAX_NEW_TOKENS
 from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.server.answering import aside, in_thread
+from ppllava_runtime.server.app import create_app
 from ppllava_runtime.server.asked import Asked, Item, read_asked
+from ppllava_runtime.server.completions import End, _Completion
 from ppllava_runtime.server.errors import ApiError
-from ppllava_runtime.server.media import Remembered, Uuids
+from ppllava_runtime.server.live_messages import Config
+from ppllava_runtime.server.live_window import live_video
+from ppllava_runtime.server.media import Media, Remembered, Uuids
 from ppllava_runtime.server.replies import ChatCompletionChunk
 from ppllava_runtime.server.schema import read_request
+from ppllava_runtime.server.service import Service
+from ppllava_runtime.server.settings import Settings
 from server_process import Served
 
 SECONDS = 20.0  # no wait is meant to last
@@ -173,6 +182,35 @@ def test_events_are_lines_of_data_up_to_the_last(server: Served) -> None:
     for chunk in chunks:  # they are what the document says
         ChatCompletionChunk.model_validate(chunk)
     assert chunks[-1]["x_ppllava"]["frames"]["sampled"] == 0
+
+
+def test_the_decoder_knows_whose_an_answer_is(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it does not begin it with what it has run for another."""
+    service: Service = create_app(bundle, Settings(spool=tmp_path), threads=1).state.service
+    decoder, owners = service.assistant.decoder, list[str]()
+    generate = decoder.generate
+
+    def noting(*arguments: Any) -> Any:
+        owners.append(arguments[-1])
+        return generate(*arguments)
+
+    monkeypatch.setattr(decoder, "generate", noting)
+    body = {"model": service.model_id, "messages": [USER], "max_tokens": 2}
+    request = read_request(json.dumps(body).encode(), "application/json")
+    try:
+        for tenant in ("a", "b"):
+            completion = _Completion(service, request, read_asked(request), tenant)
+            *_, end = completion._work(Media((), (), tenant), Leaving())
+            assert isinstance(end, End)
+        live = live_video(service, Config(type="session.config"), "c")
+        live.add(np.zeros((8, 8, 3), np.uint8), 0)
+        assert live.ask("What is it?", max_new_tokens=2).ids
+    finally:
+        service.threads.shutdown()
+        service.spool.close()
+    assert owners == ["a", "b", "c"]
 
 
 def test_a_thread_puts_its_items_in_order() -> None:

@@ -137,7 +137,7 @@ def test_says_that_frames_are_looked_at_no_more(
 
 @pytest.mark.parametrize("fps", [0.5, 2.0, 4.0, 7.3])
 def test_a_rate_alone_is_never_refused(service: Service, fps: float) -> None:
-    live = live_video(service, Config(type="session.config", fps=fps))
+    live = live_video(service, Config(type="session.config", fps=fps), "")
     assert live.fps == fps
     assert live.seconds <= service.settings.live_seconds
     assert live.num_rows <= 20

@@ -30,6 +30,7 @@ class Decoder(Protocol):
         max_new_tokens: int,
         sampling: Sampling,
         constraint: Constraint | None = None,
+        owner: str = "",
     ) -> Generator[int, None, FinishReason]:
         """The ids of the answer one by one, each computed when it is asked for.
 
@@ -38,15 +39,17 @@ class Decoder(Protocol):
         several, and one may be dropped half-way: they do not disturb each other.
 
         The parts of a prompt are run one after another, and those that the last prompt began with
-        as well are not run again. The answer is the same, to the last bit, as if they were. Only
-        the ids of an earlier answer may come in one part with what follows them: they are not run
-        again either, though a decoder that has forgotten them rounds them differently.
+        as well, if it had the same owner, are not run again. The answer is the same, to the last
+        bit, as if they were. Only the ids of an earlier answer may come in one part with what
+        follows them: they are not run again either, though a decoder that has forgotten them rounds
+        them differently.
 
         Args:
             parts: Of the prompt: (n,D) each, in the dtype that `embed` gives; not all empty.
             max_new_tokens: At least 1.
             sampling: How each id is picked.
             constraint: What ids may come; used up by this answer.
+            owner: Whose it is: how soon the first id comes tells nobody what others asked.
 
         Raises:
             UsageError: At once: a prompt of nothing or that leaves no position for an answer, or

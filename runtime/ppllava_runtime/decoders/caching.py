@@ -73,6 +73,7 @@ class CachingDecoder:
         max_new_tokens: int,
         sampling: Sampling,
         constraint: Constraint | None = None,
+        owner: str = "",
     ) -> Generator[int, None, FinishReason]:
         """The ids of the answer one by one; see `Decoder.generate`."""
         length = sum(map(len, parts))
@@ -85,7 +86,7 @@ class CachingDecoder:
                 f"the prompt is {length} tokens long and the model holds {self.max_positions} with "
                 "its answer: pool the video to fewer tokens, or shorten the question"
             )
-        return self._generate(parts, max_new_tokens, sampling, constraint)
+        return self._generate(parts, max_new_tokens, sampling, constraint, owner)
 
     def _new_cache(self, capacity: int) -> Cache:
         """An empty cache for so many tokens, at most `max_positions`."""
@@ -97,13 +98,14 @@ class CachingDecoder:
         max_new_tokens: int,
         sampling: Sampling,
         constraint: Constraint | None,
+        owner: str,
     ) -> Generator[int, None, FinishReason]:
         # The last id is never fed back, so it needs no place in the cache.
         needed = min(sum(map(len, parts)) + max_new_tokens - 1, self.max_positions)
         most = min(max_new_tokens, self.max_positions - sum(map(len, parts)) + 1)
         random = np.random.default_rng(sampling.seed)
         with self._lane:
-            tape, left = self._take_tape(parts, needed)
+            tape, left = self._take_tape(parts, needed, owner)
         try:
             for part in left:
                 with self._lane:
@@ -127,7 +129,7 @@ class CachingDecoder:
             self._idle = tape
 
     def _take_tape(
-        self, parts: Sequence[NDArray[Any]], needed: int
+        self, parts: Sequence[NDArray[Any]], needed: int, owner: str
     ) -> tuple[_Tape, Sequence[NDArray[Any]]]:
         """A tape that nobody uses, and what is left to run of the parts.
 
@@ -135,14 +137,14 @@ class CachingDecoder:
         """
         parts = [part for part in parts if len(part)]
         tape, self._idle = self._idle, None
-        left = parts if tape is None else tape.rewind(parts)
+        left = parts if tape is None else tape.rewind(parts, owner)
         rounded = min(-(-needed // _CACHE_STEP) * _CACHE_STEP, self.max_positions)
         if tape is not None and tape.capacity < needed:
             if tape.length:
                 tape.enlarge(rounded)
             else:
                 tape = None  # its memory may be needed for the larger one
-        return tape or _Tape(self._new_cache(rounded)), left
+        return tape or _Tape(self._new_cache(rounded), owner), left
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,12 @@ class _Tape:
     """A cache and the runs that it holds.
 
     A run's numbers depend on how many rows were run together, so it is only taken for the same run
-    of another prompt.
+    of another prompt, and of the same owner.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, owner: str) -> None:
         self._cache = cache
+        self._owner = owner
         self._runs: list[_Run] = []
         self._length = 0
         self._is_sound = True
@@ -184,14 +187,16 @@ class _Tape:
         self._is_sound &= bool(np.isfinite(logits).all())
         return logits
 
-    def rewind(self, parts: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    def rewind(self, parts: Sequence[NDArray[Any]], owner: str) -> list[NDArray[Any]]:
         """What is left to run of the parts of a prompt, none of them empty; at least one row.
 
-        What it holds of another prompt is forgotten.
+        What it holds of another prompt, or for another owner, is forgotten.
         """
         left, kept = list(parts), 0
         # Numbers that are none spoil what is run after them, even where they are masked.
-        for run in self._runs if self._is_sound else ():
+        is_good = self._is_sound and self._owner == owner
+        self._owner = owner
+        for run in self._runs if is_good else ():
             part, count = left[0], len(run.embeds)
             is_whole = count == len(part)
             if is_whole and len(left) == 1:

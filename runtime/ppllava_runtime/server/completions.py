@@ -157,7 +157,7 @@ class _Completion(Response):
         leaving.check()
         found = media.see(service, leaving)
         video, seen = (service.assistant, ()) if found is None else found
-        conversation = video.converse(preface=asked.preface)
+        conversation = video.converse(preface=asked.preface, owner=self._tenant)
         for question, said in asked.turns:
             leaving.check()
             conversation.recall(question, said)

@@ -191,7 +191,8 @@ class _Session:
 
     async def _take(self, message: Config | SentFrame | Query | Cancel) -> None:
         if isinstance(message, Config):
-            live = await asyncio.to_thread(live_video, self._service, message)
+            tenant = self._websocket.state.tenant
+            live = await asyncio.to_thread(live_video, self._service, message, tenant)
             self._window = LiveWindow(self._service, live, self._note)
             shape = {"seconds": live.seconds, "fps": live.fps, "num_frames": live.num_rows}
             started = {"type": "session.started", **shape, "num_bytes": live.nbytes}

@@ -182,7 +182,7 @@ class LiveWindow:
         self._note(ApiError(told.status, sentence, code=told.code, param="video.frame"))
 
 
-def live_video(service: Service, config: Config) -> LiveVideo:
+def live_video(service: Service, config: Config, tenant: str) -> LiveVideo:
     """The window that a client wants, which takes no more memory than the server's own.
 
     Raises:
@@ -203,4 +203,4 @@ def live_video(service: Service, config: Config) -> LiveVideo:
             code="invalid_value",
             param="session.config.seconds",
         )
-    return LiveVideo(service.assistant, seconds, fps, config.system_prompt)
+    return LiveVideo(service.assistant, seconds, fps, config.system_prompt, tenant)
