@@ -21,6 +21,7 @@ from PIL import Image
 
 BUSY = 429
 AWAY_SECONDS = 0.05  # though they are told to stay away for a second or more
+IDLE_SECONDS = 2.0  # of a connection that is not used again: a server closes it after 5
 WORD_SECONDS = 5.0  # after which a server says that it is still there, or it would be given up
 
 
@@ -47,11 +48,14 @@ class Client:
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._last = 0.0  # when a reply had come
 
     async def post(self, fields: Mapping[str, Any]) -> Reply:
         """The reply to a request for a completion."""
         body = json.dumps(fields).encode()
-        began, was_used = time.perf_counter(), self._streams is not None
+        began = time.perf_counter()
+        if began - self._last > IDLE_SECONDS:  # or the server may close it in this moment
+            await self.close()
         try:
             if self._streams is None:
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port)
@@ -60,8 +64,6 @@ class Client:
             answer = await reader.readuntil(b"\r\n\r\n")
         except (OSError, asyncio.IncompleteReadError):
             await self.close()
-            if was_used:  # a server closes one that is idle, perhaps in the moment of asking
-                return await self.post(fields)
             return Reply(0, time.perf_counter() - began)
         lines = answer.decode().lower().split("\r\n")
         status = int(lines[0].split()[1])
@@ -72,7 +74,8 @@ class Client:
             await self.close()
             part = error.partial if isinstance(error, asyncio.IncompleteReadError) else b""
             return Reply(status, time.perf_counter() - began, part)
-        return Reply(status, time.perf_counter() - began, content, True)
+        self._last = time.perf_counter()
+        return Reply(status, self._last - began, content, True)
 
     async def close(self) -> None:
         """Hangs up."""

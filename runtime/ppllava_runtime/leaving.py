@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 
 
@@ -52,8 +52,9 @@ class Leaving:
         """Ends what is under way, see `ending`, which may wait for the device."""
         with self._lock:
             ends = list(self._ends)
-        for end in ends:
-            end()
+        with ExitStack() as stack:
+            for end in ends:
+                stack.callback(end)  # all of them are called, whatever one raises
 
     @contextmanager
     def ending(self, end: Callable[[], object]) -> Iterator[None]:

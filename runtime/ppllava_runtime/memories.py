@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Condition
 
 from ppllava_engines.bundle import FileSpec
-from ppllava_engines.errors import PPLLaVAError, UsageError
+from ppllava_engines.errors import DataError, UsageError
 from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
@@ -53,7 +53,7 @@ class _Watch:
     def __init__(self) -> None:
         self.done: tuple[int, int] | None = None
         self.has_ended = False
-        self.has_failed = False  # because of what there is to see
+        self.is_vain = False  # who watches the same would find nothing, and be no better off
 
 
 class MemoryStore:
@@ -111,8 +111,9 @@ class MemoryStore:
     def watching(self, key: str, progress: Progress, leaving: Leaving) -> Iterator[Progress]:
         """The block, for one at a time with this key: who comes later finds what was put there.
 
-        But where that one fails those who waited for it no longer wait for each other. Yields what
-        the one inside is to call with its progress: those who wait hear of it.
+        But where there is nothing, as it cannot be watched or has no room in the store, those who
+        waited for that one no longer wait for each other. Yields what the one inside is to call
+        with its progress: those who wait hear of it.
 
         Args:
             key: Under which what is seen will be kept.
@@ -127,7 +128,7 @@ class MemoryStore:
         with leaving.ending(self._wake):
             while (other := self._begin(key, mine)) is not mine:
                 self._follow(other, progress, leaving)
-                if other.has_failed:
+                if other.is_vain:
                     break
 
         def tell(done: int, total: int) -> None:
@@ -138,8 +139,9 @@ class MemoryStore:
 
         try:
             yield tell
-        except PPLLaVAError:
-            mine.has_failed = True
+            mine.is_vain = self.get(key) is None
+        except (DataError, UsageError):
+            mine.is_vain = True
             raise
         finally:
             with self._changed:

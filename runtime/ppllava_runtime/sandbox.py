@@ -132,7 +132,8 @@ class Sandbox:
                     wires = self._started().begin(job, file.descriptor)
                 except OSError as error:
                     raise SandboxError(
-                        f"sandbox: what decodes dies as soon as it has started ({error})"
+                        f"sandbox: what decodes dies as soon as it has started ({error}): see the "
+                        "system's log for who ends it"
                     ) from error
         return Run(self.limits, self._tally, f"{kind} {job.path}", leaving, *wires)
 

@@ -37,6 +37,7 @@ One = TypeVar("One", bound=Message)
 Other = TypeVar("Other", bound=Message)
 
 _START_SECONDS = 60.0
+_TAKING_SECONDS = 5.0  # for the zygote to take a job up, or its end
 _END_SECONDS = 20.0  # for a process that has said its last word, or was killed
 _MOST_TEXT = 2000  # characters of what a process says
 # What of the environment Python and the libraries need; keys and such are nobody's business there.
@@ -92,7 +93,8 @@ class Zygote:
             except OSError as error:
                 self._control.close()
                 raise SandboxError(
-                    f"sandbox: the process that is to decode cannot be started ({error})"
+                    f"sandbox: the process that is to decode cannot be started ({error}): free "
+                    "memory, or allow more processes"
                 ) from error
         self._control.settimeout(_START_SECONDS)
         try:
@@ -108,6 +110,7 @@ class Zygote:
                 "sandbox: the process that is to decode did not start "
                 f"(exit code {self._process.returncode}): its reason is above"
             )
+        self._control.settimeout(_TAKING_SECONDS)
 
     @property
     def lives(self) -> bool:
@@ -142,7 +145,7 @@ class Zygote:
         """Ends it, and with it all that it forked."""
         self._control.close()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(_TAKING_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -221,8 +224,10 @@ class Run:
         """Waits for the process to end, which it does now by itself."""
         if not self._buried:
             self._buried = True
-            with suppress(TimeoutError):  # what it was to say, it has said
+            try:
                 self._tally.add(self._ended(), broken=False)
+            except TimeoutError:  # what it was to say, it has said
+                self._tally.add(None, broken=True)
 
     def kill(self) -> None:
         """Ends the process soon, and now who waits for what it says; any thread may do so."""
@@ -271,6 +276,7 @@ class Run:
         except TimeoutError:
             return self.broken("it says no more and does not end")
         if ended is None:
+            self._leaving.check()  # who leaves while this waits ends it, too
             return SandboxError(
                 f"{self._what}: the process that decodes it was ended from outside, or could not "
                 "be made: try again"
@@ -308,7 +314,9 @@ def _wire(kind: int) -> tuple[socket, socket]:
     try:
         return socketpair(AF_UNIX, kind)
     except OSError as error:
-        raise SandboxError(f"sandbox: nothing more can be decoded now ({error})") from error
+        raise SandboxError(
+            f"sandbox: nothing more can be decoded now ({error}): raise the limit of open files"
+        ) from error
 
 
 def plain(text: str) -> str:

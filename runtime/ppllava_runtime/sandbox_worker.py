@@ -249,10 +249,10 @@ class _Zygote:
                 os.setresgid(_NOBODY, _NOBODY, _NOBODY)
                 os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if self._prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-            raise OSError("this process might gain rights")
+            raise OSError("it might gain rights: expected Linux 3.5 or later")
         # After all that, as another user would have to say it again.
         if self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != self._pid:
-            raise OSError("this process would survive the one that made it")
+            raise OSError("it would survive what made it: is that gone?")
         if self._filters:
             seccomp.install()
 

@@ -275,6 +275,38 @@ class TestTwoAtOnce:
                 one.result()
             assert all(other.result().memory for other in others)
 
+    @pytest.mark.parametrize("room", [ROOM, 1])
+    def test_what_is_not_kept_is_not_waited_for_twice(
+        self, bundle: Path, clip: Path, tmp_path: Path, room: int
+    ) -> None:
+        """As there is no room for it, or as the file changed meanwhile."""
+        path = Path(shutil.copy(clip, tmp_path / "clip.mp4"))
+        assistant = Assistant.open(bundle, store=MemoryStore(room))
+        inside, heard, together = Event(), Barrier(3, timeout=30), Barrier(2, timeout=30)
+
+        def first(_done: int, _total: int) -> None:
+            if not inside.is_set():
+                inside.set()
+                heard.wait()
+                if room == ROOM:
+                    os.utime(path, (1, 1))
+
+        def listening() -> Progress:
+            waits = [heard, together]
+
+            def told(done: int, _total: int) -> None:
+                # Twice from the beginning: that of the first one, and its own.
+                if done == 0 and waits:
+                    waits.pop(0).wait()
+
+            return told
+
+        with ThreadPoolExecutor(3) as pool:
+            one = pool.submit(assistant.watch, path, 6, progress=first)
+            assert inside.wait(30)
+            others = [pool.submit(assistant.watch, path, 6, progress=listening()) for _ in range(2)]
+            assert all(each.result().memory for each in (one, *others))
+
     def test_others_are_not_waited_for(self, assistant: Assistant, clip: Path) -> None:
         inside, outside = Event(), Event()
 

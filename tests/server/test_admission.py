@@ -132,7 +132,7 @@ def test_a_server_without_live_sessions_says_so(serve: Serve) -> None:
     assert (told["type"], told["code"]) == ("error", "switched_off")
     assert "live sessions are switched off on this server" in told["message"]
     assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1013
+    assert closed.value.rcvd.code == 1008
     assert httpx2.get(f"{server.url}/v1/models").status_code == 200
     assert server.log.read_text() == ""
 

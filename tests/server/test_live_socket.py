@@ -185,7 +185,11 @@ def test_so_many_questions_may_wait(serve: Serve) -> None:
             held.sendall(head(len(body)) + body)
             media.wait_for(1)
             found.show(0)
-            for number in range(12):
+            found.say("video.query", text="Which?", max_tokens=3, id="0")
+            end = time.monotonic() + 30
+            while "ppllava_requests_queued 0.0" in httpx2.get(f"{server.url}/metrics").text:
+                assert time.monotonic() < end
+            for number in range(1, 12):
                 found.say("video.query", text="Which?", max_tokens=3, id=str(number))
             refused = [found.until("error") for _ in range(7)]
             assert {event["code"] for event in refused} == {"server_busy"}

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ppllava_runtime.leaving import Leaving
 
@@ -18,10 +18,10 @@ _SMALL = 1 << 18  # bytes, whose reading takes about as long as handing them to 
 
 async def in_thread(
     threads: Executor,
-    produce: Callable[[Leaving], Generator[Item, None, None]],
+    produce: Callable[[Leaving], Generator[Item, None, Found]],
     put: Callable[[Item], object],
-) -> None:
-    """Nothing, once a thread has produced all items and each was `put` in the event loop.
+) -> Found:
+    """What `produce` returns, once a thread has produced all items and each was `put`.
 
     Cancelling it ends the production at its next step; it returns when that has happened, so that
     whatever it stands in is not given to others before.
@@ -36,9 +36,14 @@ async def in_thread(
     """
     loop, leaving = asyncio.get_running_loop(), Leaving()
 
-    def work() -> None:
+    def work() -> Found:
         with closing(produce(leaving)) as items:
-            for item in items:
+            while True:
+                try:
+                    item = next(items)
+                except StopIteration as last:
+                    found: Found = last.value
+                    return found
                 leaving.check()
                 loop.call_soon_threadsafe(put, item)
 
@@ -56,7 +61,7 @@ async def in_thread(
         if not working.cancelled():
             working.exception()  # looked at, though nobody is to hear of it
         raise
-    working.result()
+    return working.result()
 
 
 async def aside(size: int, read: Callable[[], Found]) -> Found:
@@ -68,7 +73,7 @@ async def aside(size: int, read: Callable[[], Found]) -> Found:
     return await asyncio.to_thread(read) if size > _SMALL else read()
 
 
-async def settled(*futures: asyncio.Future[None]) -> None:
+async def settled(*futures: asyncio.Future[Any]) -> None:
     """Nothing, once all are done, however often this is cancelled meanwhile."""
     cancelled = False
     while waiting := [future for future in futures if not future.done()]:

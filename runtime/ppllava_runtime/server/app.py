@@ -192,6 +192,7 @@ class _Ledger:
             await self._app(scope, receive, send)
             return
         began, has_begun, is_counted = time.perf_counter(), False, False
+        num_left: int | None = None  # bytes of the response, where it says how many it has
         status = 499  # nobody waited for the response
 
         def count() -> None:
@@ -202,14 +203,18 @@ class _Ledger:
                 self._metrics.responded(self._route(scope), told, time.perf_counter() - began)
 
         async def noting(message: Message) -> None:
-            nonlocal has_begun, status
+            nonlocal has_begun, status, num_left
             if message["type"] == "http.response.start":
                 has_begun, status = True, message["status"]
                 headers = MutableHeaders(scope=message)
+                length = headers.get("content-length")
+                num_left = None if length is None else int(length)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-            elif not message.get("more_body", False):
-                count()  # before its last word, so that who has that finds it counted
+            else:
+                num_left = None if num_left is None else num_left - len(message.get("body", b""))
+                if num_left == 0 or not message.get("more_body", False):
+                    count()  # before its last word, so that who has that finds it counted
             await send(message)
 
         try:

@@ -129,30 +129,22 @@ class _Completion(Response):
     async def _answer(self) -> None:
         """Puts all events of the answer into the queue; its end when the slot is free again."""
         service, asked = self._service, self._asked
-        ends: list[End] = []
-
-        def put(event: _Event) -> None:
-            if isinstance(event, End):  # who has all of an answer may ask again at once
-                ends.append(event)
-            else:
-                self._events.put_nowait(event)
-
         try:
             async with (
                 service.admission.slot(),
                 gathered(service, asked.items, self._tenant) as media,
             ):
-                await in_thread(
+                end = await in_thread(
                     service.threads,
                     lambda leaving: self._work(media, leaving),
-                    put,
+                    self._events.put_nowait,
                 )
-            self._events.put_nowait(ends.pop())
+            self._events.put_nowait(end)  # not before: who has it may ask again at once
         except Exception as error:
             self._events.put_nowait(error)
 
-    def _work(self, media: Media, leaving: Leaving) -> Generator[_Event, None, None]:
-        """Yields all events of the answer; in a thread."""
+    def _work(self, media: Media, leaving: Leaving) -> Generator[str, None, End]:
+        """Yields the pieces of an answer, the first of them empty, and returns its end."""
         service, asked = self._service, self._asked
         leaving.check()
         found = media.see(service, leaving)
@@ -170,7 +162,7 @@ class _Completion(Response):
             extra = Extra.of(answer, seen, asked.relevance)
             if seen:
                 service.metrics.watched(cached=extra.cached)
-            yield End(answer.finish_reason, Usage.of(answer.accounting), extra)
+            return End(answer.finish_reason, Usage.of(answer.accounting), extra)
         finally:
             answer.close()
             service.metrics.answered(answer.accounting)

@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Generator
 from contextlib import suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ppllava_runtime.server.service import Service
 
 # Of WebSocket.
-_DONE, _GOING_AWAY, _WRONG, _FAILED, _TRY_LATER = 1000, 1001, 1002, 1011, 1013
+_DONE, _GOING_AWAY, _WRONG, _REFUSED, _FAILED, _TRY_LATER = 1000, 1001, 1002, 1008, 1011, 1013
 
 _MOST_QUERIES = 4  # that wait for the one that is answered
 _MOST_TROUBLES = 16  # with frames, that wait to be told
@@ -56,7 +57,7 @@ async def live_socket(websocket: WebSocket) -> None:
                 code = await _Session(websocket, service).run()
         except ApiError as error:
             await _send(websocket, _told(error))
-            code = _TRY_LATER
+            code = _REFUSED if error.status == HTTPStatus.FORBIDDEN else _TRY_LATER
         await websocket.close(code)
 
 
@@ -230,14 +231,16 @@ class _Session:
 
     async def _answer(self, query: Query) -> None:
         """Answers a question, or tells why there is no answer."""
-        service, events = self._service, asyncio.Queue[str | End | None]()
+        service, events = self._service, asyncio.Queue[str | None]()
         named = {} if query.id is None else {"id": query.id}
 
-        async def work() -> None:
+        async def work() -> End:
             try:
                 async with service.admission.slot():
-                    await in_thread(
-                        service.threads, lambda check: self._work(query, check), events.put_nowait
+                    return await in_thread(
+                        service.threads,
+                        lambda leaving: self._work(query, leaving),
+                        events.put_nowait,
                     )
             finally:
                 events.put_nowait(None)
@@ -245,19 +248,18 @@ class _Session:
         working = asyncio.ensure_future(work())
         try:
             pieces: list[str] = []
-            while (event := await events.get()) is not None:
-                if isinstance(event, End):
-                    await self._send({
-                        "type": "response.text.done", **named, "text": "".join(pieces),
-                        "finish_reason": event.finish_reason, "usage": event.usage.model_dump(),
-                        "x_ppllava": event.extra.model_dump(),
-                    })  # fmt: skip
-                elif event:
-                    pieces.append(event)
-                    await self._send({"type": "response.text.delta", **named, "delta": event})
+            while (piece := await events.get()) is not None:
+                if piece:
+                    pieces.append(piece)
+                    await self._send({"type": "response.text.delta", **named, "delta": piece})
                 else:
                     await self._send({"type": "response.start", **named})
-            await working
+            end = await working
+            await self._send({
+                "type": "response.text.done", **named, "text": "".join(pieces),
+                "finish_reason": end.finish_reason, "usage": end.usage.model_dump(),
+                "x_ppllava": end.extra.model_dump(),
+            })  # fmt: skip
         except WebSocketDisconnect:
             pass  # who listens to it will hear of that too
         except Exception as error:
@@ -266,8 +268,8 @@ class _Session:
         finally:
             await _ended(working)
 
-    def _work(self, query: Query, leaving: Leaving) -> Generator[str | End, None, None]:
-        """Yields the pieces of an answer, the first of them empty, and its end; in a thread."""
+    def _work(self, query: Query, leaving: Leaving) -> Generator[str, None, End]:
+        """Yields the pieces of an answer, the first of them empty, and returns its end."""
         window = self._window
         assert window is not None
         window.settle(leaving)
@@ -279,7 +281,7 @@ class _Session:
                 yield from answer
             extra = vars(Extra.of(answer, (), query.relevance))
             usage = Usage.of(answer.accounting)
-            yield End(answer.finish_reason, usage, LiveExtra(**extra, live=window.counts()))
+            return End(answer.finish_reason, usage, LiveExtra(**extra, live=window.counts()))
         finally:
             answer.close()
             self._service.metrics.answered(answer.accounting)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from ppllava_engines.errors import DataError, MediaError, PPLLaVAError, StorageError
+from ppllava_engines.errors import DataError, MediaError, PPLLaVAError, SandboxError, StorageError
 from ppllava_runtime.feed import Pace
 from ppllava_runtime.leaving import Leaving
 from ppllava_runtime.live import LiveVideo
@@ -77,6 +77,7 @@ class LiveWindow:
         self._folder = tempfile.TemporaryDirectory(dir=service.spool.folder)
         self._path = Path(self._folder.name) / "frame"
         self._leaving = Leaving()
+        self._is_lost = False  # what decodes
         self._follower = Follower(self._frames, self._look, self._fail)
 
     def put(self, frame: SentFrame) -> None:
@@ -168,6 +169,7 @@ class LiveWindow:
         found = self._service.assistant.decoding.still(self._path, self._leaving)
         if found is None:
             raise DataError(f"image {self._path}: it moves or is no picture, send JPEG or PNG")
+        self._is_lost = False
         before = self.live.num_encoded
         self.live.add(found[0], sent.seconds)
         self._service.metrics.live_frames("encoded", self.live.num_encoded - before)
@@ -176,6 +178,9 @@ class LiveWindow:
         self._num_failed += 1
         if isinstance(error, MediaError):
             self._service.metrics.media_failed()
+        was_lost, self._is_lost = self._is_lost, isinstance(error, SandboxError)
+        if was_lost and self._is_lost:
+            return  # it was told and logged, and each frame would tell it again
         told = ApiError.of(error)
         # Where it lay is nobody's business.
         sentence = told.message.replace(str(self._path), "of video.frame")

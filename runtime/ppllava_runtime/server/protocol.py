@@ -34,7 +34,7 @@ HEADERS = {
 _FULL_SECONDS = 2.0
 _UNREAD_SECONDS = 1.0
 # A chunk of a body takes as long to read as some kilobytes, and nothing else is done while those
-# that came together are read: so many in a row must have so many bytes.
+# that came together are read: so many in a row must have so many bytes, however they came.
 _RUN_CHUNKS = 1024
 _RUN_BYTES = 64 << 10
 

@@ -6,6 +6,8 @@ const KEY = "ppllava-key";
 // With any other character a header is none, and the browser sends nothing at all.
 const SENDABLE = /^[\x21-\x7e]+$/;
 
+let asking = null;
+
 /** Runs something that may want a key, and asks for one as long as it is refused. */
 export async function withKey(run) {
   for (;;) {
@@ -14,8 +16,11 @@ export async function withKey(run) {
       return await run(key);
     } catch (error) {
       if (error.status !== 401) throw error;
+      // Two may have been refused: the second finds the dialog open, or another key by now.
+      if (key !== (sessionStorage.getItem(KEY) ?? "")) continue;
       sessionStorage.removeItem(KEY);
-      if (!(await askForKey(key && error.message))) throw error;
+      asking ??= askForKey(key && error.message).finally(() => (asking = null));
+      if (!(await asking)) throw error;
     }
   }
 }
