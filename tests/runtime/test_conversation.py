@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from ppllava_engines.errors import UsageError
 from ppllava_runtime import Assistant, Prompt, Video
 from ppllava_runtime.conversation import TURNS, Turns
-from ppllava_runtime.decoders import Constraint, FinishReason, Sampling
+from ppllava_runtime.decoders import FinishReason, Sampling
 from tiny_videos import numbered_frames, write_video
 
 Parts = list[NDArray[Any]]
@@ -46,10 +46,10 @@ def given(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> list[Parts]:
         parts: Sequence[NDArray[Any]],
         most: int,
         sampling: Sampling,
-        constraint: Constraint | None = None,
+        *others: Any,
     ) -> Generator[int, None, FinishReason]:
         found.append(list(parts))
-        return generate(parts, most, sampling, constraint)
+        return generate(parts, most, sampling, *others)
 
     monkeypatch.setattr(assistant.decoder, "generate", noted)
     return found

@@ -17,7 +17,7 @@ from ppllava_engines.bundle import Bundle
 from ppllava_engines.errors import DataError, IncompatibleError, UsageError
 from ppllava_runtime import Assistant, Prompt
 from ppllava_runtime.anyres import Tiling
-from ppllava_runtime.decoders import Constraint, FinishReason, Sampling
+from ppllava_runtime.decoders import FinishReason, Sampling
 from ppllava_runtime.preprocess import pixel_values
 from tiny_videos import numbered_frames, write_video
 
@@ -60,10 +60,10 @@ def prompts_given(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> list
         parts: Sequence[Array],
         most: int,
         sampling: Sampling,
-        constraint: Constraint | None = None,
+        *others: Any,
     ) -> Generator[int, None, FinishReason]:
         given.append(np.concatenate(parts))
-        return generate(parts, most, sampling, constraint)
+        return generate(parts, most, sampling, *others)
 
     monkeypatch.setattr(assistant.decoder, "generate", noted)
     return given
