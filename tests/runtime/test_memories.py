@@ -6,10 +6,9 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -17,12 +16,9 @@ from PIL import Image
 
 from ppllava_engines.errors import DataError, UsageError
 from ppllava_runtime import Assistant, MemoryStore
-from ppllava_runtime.conversation import Video
-from ppllava_runtime.leaving import Leaving, Left
 from ppllava_runtime.memories import Source, Watched
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
-from ppllava_runtime.watching import Progress
 from tiny_videos import numbered_frames, write_video
 
 QUESTION = "What colour is the circle?"
@@ -154,173 +150,6 @@ def test_what_was_seen_is_not_looked_at_again(
     assert cost.milliseconds.vision == 0 < cost.milliseconds.decode  # the file was read
     with pytest.raises(AttributeError):
         assistant.watch(clip, 5)
-
-
-class TestTwoAtOnce:
-    """One watches a clip, and another wants the same while it does."""
-
-    def run(
-        self, assistant: Assistant, clip: Path, first: Progress, second: Progress
-    ) -> list[Future[Video]]:
-        """What becomes of both; the other one comes when the tower has nothing yet."""
-        with ThreadPoolExecutor(2) as pool:
-            others: list[Future[Video]] = []
-
-            def told(done: int, total: int) -> None:
-                if not others:
-                    others.append(pool.submit(assistant.watch, clip, 6, progress=second))
-                first(done, total)
-
-            one = pool.submit(assistant.watch, clip, 6, progress=told)
-            wait([one])
-            return [one, *others]
-
-    def test_one_is_enough(self, assistant: Assistant, clip: Path) -> None:
-        hears = Event()
-        heard: list[tuple[int, int]] = []
-
-        def listen(done: int, total: int) -> None:
-            heard.append((done, total))
-            hears.set()
-
-        def go_on(_done: int, _total: int) -> None:
-            assert hears.wait(30)
-
-        one, other = self.run(assistant, clip, go_on, listen)
-        assert one.result().memory is other.result().memory
-        answers = [video.result().ask(QUESTION, max_new_tokens=1) for video in (one, other)]
-        assert [answer.accounting.num_frames_encoded for answer in answers] == [6, 0]
-        assert heard[0] == (0, 6)
-        assert heard == sorted(set(heard))
-
-    def test_where_one_fails_the_other_watches(self, assistant: Assistant, clip: Path) -> None:
-        hears = Event()
-
-        def listen(_done: int, _total: int) -> None:
-            hears.set()
-
-        def leave(_done: int, _total: int) -> None:
-            assert hears.wait(30)
-            raise InterruptedError
-
-        one, other = self.run(assistant, clip, leave, listen)
-        with pytest.raises(InterruptedError):
-            one.result()
-        answer = other.result().ask(QUESTION, max_new_tokens=1)
-        assert answer.accounting.num_frames_encoded == 6
-
-    def test_who_waits_may_leave(self, assistant: Assistant, clip: Path) -> None:
-        leaves = Event()
-
-        def leave(_done: int, _total: int) -> None:
-            leaves.set()
-            raise InterruptedError
-
-        def go_on(_done: int, _total: int) -> None:
-            assert leaves.wait(30)
-
-        one, other = self.run(assistant, clip, go_on, leave)
-        with pytest.raises(InterruptedError):
-            other.result()
-        assert len(one.result().memory.timestamps) == 6
-
-    def test_who_waits_may_leave_before_more_is_heard(
-        self, assistant: Assistant, clip: Path
-    ) -> None:
-        inside, heard, left, leaving = Event(), Event(), Event(), Leaving()
-
-        def stay(_done: int, _total: int) -> None:
-            inside.set()
-            assert left.wait(30)
-
-        def listen(_done: int, _total: int) -> None:
-            heard.set()
-
-        with ThreadPoolExecutor(2) as pool:
-            one = pool.submit(assistant.watch, clip, 6, progress=stay)
-            assert inside.wait(30)
-            other = pool.submit(assistant.watch, clip, 6, progress=listen, leaving=leaving)
-            assert heard.wait(30)
-            leaving.leave()
-            leaving.end()
-            with pytest.raises(Left):
-                other.result(30)
-            assert not one.done()
-            left.set()
-
-    def test_what_cannot_be_watched_is_not_waited_for_twice(
-        self, assistant: Assistant, clip: Path
-    ) -> None:
-        inside, heard, together = Event(), Barrier(3, timeout=30), Barrier(2, timeout=30)
-
-        def fail(_done: int, _total: int) -> None:
-            inside.set()
-            heard.wait()
-            raise DataError("video: it is damaged")
-
-        def listening() -> Progress:
-            waits = [heard, together]  # first for the one that fails, then for nobody
-
-            def told(_done: int, _total: int) -> None:
-                if waits:
-                    waits.pop(0).wait()
-
-            return told
-
-        with ThreadPoolExecutor(3) as pool:
-            one = pool.submit(assistant.watch, clip, 6, progress=fail)
-            assert inside.wait(30)
-            others = [pool.submit(assistant.watch, clip, 6, progress=listening()) for _ in range(2)]
-            with pytest.raises(DataError):
-                one.result()
-            assert all(other.result().memory for other in others)
-
-    @pytest.mark.parametrize("room", [ROOM, 1])
-    def test_what_is_not_kept_is_not_waited_for_twice(
-        self, bundle: Path, clip: Path, tmp_path: Path, room: int
-    ) -> None:
-        """As there is no room for it, or as the file changed meanwhile."""
-        path = Path(shutil.copy(clip, tmp_path / "clip.mp4"))
-        assistant = Assistant.open(bundle, store=MemoryStore(room))
-        inside, heard, together = Event(), Barrier(3, timeout=30), Barrier(2, timeout=30)
-
-        def first(_done: int, _total: int) -> None:
-            if not inside.is_set():
-                inside.set()
-                heard.wait()
-                if room == ROOM:
-                    os.utime(path, (1, 1))
-
-        def listening() -> Progress:
-            waits = [heard, together]
-
-            def told(done: int, _total: int) -> None:
-                # Twice from the beginning: that of the first one, and its own.
-                if done == 0 and waits:
-                    waits.pop(0).wait()
-
-            return told
-
-        with ThreadPoolExecutor(3) as pool:
-            one = pool.submit(assistant.watch, path, 6, progress=first)
-            assert inside.wait(30)
-            others = [pool.submit(assistant.watch, path, 6, progress=listening()) for _ in range(2)]
-            assert all(each.result().memory for each in (one, *others))
-
-    def test_others_are_not_waited_for(self, assistant: Assistant, clip: Path) -> None:
-        inside, outside = Event(), Event()
-
-        def stay(_done: int, _total: int) -> None:
-            inside.set()
-            assert outside.wait(30)
-
-        with ThreadPoolExecutor(1) as pool:
-            one = pool.submit(assistant.watch, clip, 6, progress=stay)
-            assert inside.wait(30)
-            assistant.watch(clip, 5)
-            assistant.watch(clip, 6, owner="another")
-            assert not one.done()
-            outside.set()
 
 
 def test_pictures_come_again_too(
