@@ -19,10 +19,9 @@ from ppllava_runtime import Assistant, MemoryStore
 from ppllava_runtime.memories import Source, Watched
 from ppllava_runtime.memory import Memory
 from ppllava_runtime.video import ClipInfo
-from tiny_videos import numbered_frames, write_video
+from tiny_videos import numbered_frames
 
 QUESTION = "What colour is the circle?"
-ROOM = 10**8
 
 
 def of_bytes(size: int) -> Watched:
@@ -122,17 +121,6 @@ class TestSource:
         assert source.is_unchanged()
         path.write_bytes(b"12")
         assert not source.is_unchanged()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
-    return write_video(path, numbered_frames(24), options={"g": "10"})
-
-
-@pytest.fixture
-def assistant(bundle: Path) -> Assistant:
-    return Assistant.open(bundle, store=MemoryStore(ROOM))
 
 
 def test_what_was_seen_is_not_looked_at_again(

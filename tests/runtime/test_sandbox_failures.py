@@ -55,7 +55,7 @@ def half_way(sandbox: Sandbox, clip: Path) -> Iterator[Iterator[Shown]]:
         assert next(shown)[0] == (0,)
         # What decodes may be ahead of the zygote, whose last descriptor for it is this one.
         folder, end = Path(f"/proc/{zygote_of(sandbox)}/fd"), time.monotonic() + 30
-        while not any("pidfd" in os.readlink(path) for path in folder.iterdir()):  # noqa: PTH115
+        while not any("pidfd" in os.readlink(path) for path in folder.iterdir()):  # noqa: PTH115 - of what is no path
             assert time.monotonic() < end
         yield shown
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Barrier, Event
@@ -15,32 +16,8 @@ from ppllava_runtime import Assistant, MemoryStore
 from ppllava_runtime.conversation import Video
 from ppllava_runtime.leaving import Leaving, Left
 from ppllava_runtime.watching import Progress
-from tiny_videos import numbered_frames, write_video
 
 QUESTION = "What colour is the circle?"
-ROOM = 10**8
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
-    return write_video(path, numbered_frames(24), options={"g": "10"})
-
-
-@pytest.fixture
-def assistant(bundle: Path) -> Assistant:
-    return Assistant.open(bundle, store=MemoryStore(ROOM))
-
-
-def listening(*waits: Barrier) -> Progress:
-    """What waits at each beginning it hears of: first of that of another, then of its own."""
-    left = list(waits)
-
-    def told(done: int, _total: int) -> None:
-        if done == 0 and left:
-            left.pop(0).wait()
-
-    return told
 
 
 def run(assistant: Assistant, clip: Path, first: Progress, second: Progress) -> list[Future[Video]]:
@@ -133,50 +110,56 @@ def test_who_waits_may_leave_before_more_is_heard(assistant: Assistant, clip: Pa
         left.set()
 
 
-def test_what_cannot_be_watched_is_not_waited_for_twice(assistant: Assistant, clip: Path) -> None:
-    inside, heard, together = Event(), Barrier(3, timeout=30), Barrier(2, timeout=30)
+def run_three(assistant: Assistant, clip: Path, end: Callable[[], None]) -> list[Future[Video]]:
+    """What becomes of one that `end` happens to, and of two that waited for it.
 
-    def fail(_done: int, _total: int) -> None:
-        inside.set()
-        heard.wait()
-        raise DataError("video: it is damaged")
-
-    with ThreadPoolExecutor(3) as pool:
-        one = pool.submit(assistant.watch, clip, 6, progress=fail)
-        assert inside.wait(30)
-        others = [
-            pool.submit(assistant.watch, clip, 6, progress=listening(heard, together))
-            for _ in range(2)
-        ]
-        with pytest.raises(DataError):
-            one.result()
-        assert all(other.result().memory for other in others)
-
-
-@pytest.mark.parametrize("room", [ROOM, 1])
-def test_what_is_not_kept_is_not_waited_for_twice(
-    bundle: Path, clip: Path, tmp_path: Path, room: int
-) -> None:
-    """As there is no room for it, or as the file changed meanwhile."""
-    path = Path(shutil.copy(clip, tmp_path / "clip.mp4"))
-    assistant = Assistant.open(bundle, store=MemoryStore(room))
+    Those two have to be at it at the same time.
+    """
     inside, heard, together = Event(), Barrier(3, timeout=30), Barrier(2, timeout=30)
 
     def first(_done: int, _total: int) -> None:
         if not inside.is_set():
             inside.set()
             heard.wait()
-            if room == ROOM:
-                os.utime(path, (1, 1))
+            end()
+
+    def listening() -> Progress:
+        begins = [heard, together]  # the one that is waited for, and then one's own
+
+        def told(done: int, _total: int) -> None:
+            if done == 0 and begins:
+                begins.pop(0).wait()
+
+        return told
 
     with ThreadPoolExecutor(3) as pool:
-        one = pool.submit(assistant.watch, path, 6, progress=first)
+        one = pool.submit(assistant.watch, clip, 6, progress=first)
         assert inside.wait(30)
-        others = [
-            pool.submit(assistant.watch, path, 6, progress=listening(heard, together))
-            for _ in range(2)
-        ]
-        assert all(each.result().memory for each in (one, *others))
+        others = [pool.submit(assistant.watch, clip, 6, progress=listening()) for _ in range(2)]
+    return [one, *others]
+
+
+def test_what_cannot_be_watched_is_not_waited_for_twice(assistant: Assistant, clip: Path) -> None:
+    def fail() -> None:
+        raise DataError("video: it is damaged")
+
+    one, *others = run_three(assistant, clip, fail)
+    with pytest.raises(DataError):
+        one.result()
+    assert all(other.result().memory for other in others)
+
+
+def test_what_has_no_room_is_not_waited_for_twice(bundle: Path, clip: Path) -> None:
+    assistant = Assistant.open(bundle, store=MemoryStore(1))
+    assert all(each.result().memory for each in run_three(assistant, clip, lambda: None))
+
+
+def test_what_changes_meanwhile_is_not_waited_for_twice(
+    assistant: Assistant, clip: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(clip, tmp_path / "clip.mp4"))
+    found = run_three(assistant, path, lambda: os.utime(path, (1, 1)))
+    assert all(each.result().memory for each in found)
 
 
 def test_others_are_not_waited_for(assistant: Assistant, clip: Path) -> None:

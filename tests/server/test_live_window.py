@@ -45,7 +45,9 @@ def frame(number: int) -> SentFrame:
     return SentFrame(type="video.frame", data=data, timestamp=number / 2)
 
 
-def test_drops_what_comes_too_fast(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def held(service: Service, monkeypatch: pytest.MonkeyPatch) -> tuple[Event, Event]:
+    """Set when the first frame is decoded, which lasts until the other is."""
     decoding, begun, go_on = service.assistant.decoding, Event(), Event()
     still = decoding.still
 
@@ -55,6 +57,11 @@ def test_drops_what_comes_too_fast(service: Service, monkeypatch: pytest.MonkeyP
         return still(path, leaving)
 
     monkeypatch.setattr(decoding, "still", slow)
+    return begun, go_on
+
+
+def test_drops_what_comes_too_fast(service: Service, held: tuple[Event, Event]) -> None:
+    begun, go_on = held
     window = LiveWindow(service, LiveVideo(service.assistant, 4, 2), lambda _: None)
     try:
         window.put(frame(0))
@@ -71,17 +78,9 @@ def test_drops_what_comes_too_fast(service: Service, monkeypatch: pytest.MonkeyP
 
 
 def test_who_asks_may_leave_while_a_frame_is_looked_at(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    service: Service, held: tuple[Event, Event]
 ) -> None:
-    decoding, begun, go_on = service.assistant.decoding, Event(), Event()
-    still = decoding.still
-
-    def slow(path: Path, leaving: Leaving) -> Any:
-        begun.set()
-        assert go_on.wait(20)
-        return still(path, leaving)
-
-    monkeypatch.setattr(decoding, "still", slow)
+    begun, go_on = held
     window, leaving = LiveWindow(service, LiveVideo(service.assistant, 4, 2), print), Leaving()
     try:
         window.put(frame(0))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Page, expect
 
 from chromium import chromium, visit
 from server_process import Served, served
@@ -155,14 +155,18 @@ def test_a_key_that_is_refused_is_told_and_forgotten(browser: Browser, strict: S
         expect(alert).to_be_hidden()
 
 
+def ask_nobody(page: Page) -> None:
+    """Asks what never gets to the server: what is tested is what the page does meanwhile."""
+    page.set_input_files("#files", VIDEO)
+    page.route("**/v1/chat/completions", lambda _: None)
+    page.fill("#question", "What is it?")
+    page.press("#question", "Enter")
+
+
 def test_an_answer_can_be_stopped(browser: Browser, server: Served) -> None:
     with visit(browser, server.url) as it:
         page = it.page
-        page.set_input_files("#files", VIDEO)
-        # It never gets to the server: what is tested is what the page does meanwhile.
-        page.route("**/v1/chat/completions", lambda _: None)
-        page.fill("#question", "What is it?")
-        page.press("#question", "Enter")
+        ask_nobody(page)
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".turn .cut")).to_have_text("stopped")
         expect(page.get_by_role("button", name="Ask")).to_be_visible()
@@ -173,10 +177,7 @@ def test_an_answer_can_be_stopped(browser: Browser, server: Served) -> None:
 def test_a_question_that_was_stopped_looks_busy_no_more(browser: Browser, server: Served) -> None:
     with visit(browser, server.url) as it:
         page = it.page
-        page.set_input_files("#files", VIDEO)
-        page.route("**/v1/chat/completions", lambda _: None)
-        page.fill("#question", "What is it?")
-        page.press("#question", "Enter")
+        ask_nobody(page)
         expect(page.locator(".turn .dots")).to_have_count(1)
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".turn .cut")).to_have_text("stopped")
